@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -54,12 +56,48 @@ def test_functionals_are_sums_of_entries(silicon, calibrated):
     voigt = torch.stack([symmetric[..., a, b] / (2 if a == b else 1) for a, b in VOIGT], -1)
     rows = torch.cat([weights["energies"], weights["forces"].flatten(1), voigt.flatten(1)], 1)
     expected = rows @ potential.covariance(some, calibrated) @ rows.T
+    if calibrated:
+        novelty = potential(some, novelty=True).novelty.max()
+        expected *= max(1.0, float(novelty) / potential.calibration.typical_novelty)
     torch.testing.assert_close(found.covariance, expected, rtol=1e-7, atol=1e-9)
     one = potential.functional(some, {kind: w[1] for kind, w in weights.items()}, calibrated)
     torch.testing.assert_close(one.std, found.std[1], rtol=1e-9, atol=0)
-    energy = potential.functional(some, {"energies": torch.tensor([1.0, -1.0])}, calibrated)
-    block = potential.covariance(some, calibrated, ["energies"])
+    energy = potential.functional(some, {"energies": torch.tensor([1.0, -1.0])}, False)
+    block = potential.covariance(some, False, ["energies"])
     torch.testing.assert_close(energy.std**2, block[0, 0] + block[1, 1] - 2 * block[0, 1], rtol=1e-7, atol=1e-12)
+
+
+def test_functionals_of_novel_structures_are_wider(silicon):
+    """By the root of the largest novelty among the structures whose weights are not zero, and not below what is typical."""
+    potential, some = silicon
+    far = replace(some, positions=some.positions.clone())
+    first = some.structure_of_atom == 0
+    far.positions[first] += 0.4 * torch.randn(int(first.sum()), 3, generator=torch.Generator().manual_seed(1))
+    novelty, typical = potential(far, novelty=True).novelty, potential.calibration.typical_novelty
+    of_structure = torch.stack([novelty[far.structure_of_atom == s].max() for s in (0, 1)]) / typical
+    assert of_structure[0] > 2 * max(1.0, of_structure[1])
+    plain = replace(potential, calibration=replace(potential.calibration, typical_novelty=None))
+    one, both = torch.eye(2, dtype=torch.float64), torch.ones(1, 2, dtype=torch.float64)
+    weights = torch.cat([one, both])
+    of_atom = torch.randn(far.n_atoms, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    forces = torch.stack([of_atom * (far.structure_of_atom == s)[:, None] for s in (0, 1)])
+    forces = torch.cat([forces, of_atom[None]])
+    stresses = weights[:, :, None, None] * torch.eye(3, dtype=torch.float64)
+    expected = of_structure.clamp_min(1.0).sqrt()[[0, 1, 0]].double()
+    for given in (
+        {"energies": weights},
+        {"forces": forces},
+        {"stresses": stresses},
+        {"forces": forces, "energies": weights},
+    ):
+        wider = potential.functional(far, given).std / plain.functional(far, given).std
+        torch.testing.assert_close(wider, expected, rtol=1e-5, atol=0)
+    raw = potential.functional(far, {"energies": weights}, calibrated=False).std
+    torch.testing.assert_close(raw, plain.functional(far, {"energies": weights}, calibrated=False).std)
+    without = replace(potential, novelty=None)
+    torch.testing.assert_close(
+        without.functional(far, {"energies": weights}).std, plain.functional(far, {"energies": weights}).std
+    )
 
 
 def test_samples_are_drawn_from_the_calibrated_covariance(silicon):

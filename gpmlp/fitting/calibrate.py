@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -45,9 +44,6 @@ PROCESS = 100.0  # structures, as many as which the exact process counts where i
 FOLDS = 8  # in which standard deviations are judged that were calibrated on the others
 LARGEST_FACTOR = 1.5  # on standard deviations that follows from it
 CENTRAL = 0.683  # of normal errors, within one standard deviation
-BEYOND = (
-    4 / 3
-)  # by which errors of properties are larger than foreseen from labels left out (decision 025: .95 to 2.7 in four systems)
 LARGEST_SHIFT = 5.0  # times the median of their norms, of a shift: beyond, one structure would decide for all
 SEEN = 1e-9  # of a typical variance over the noise: what is smaller, symmetry forbids
 FEWEST = 20  # structures; of fewer none is set aside
@@ -212,21 +208,23 @@ def functional_scale(influence: Influence) -> float:
 
     The variance of a label of a structure is that of the posterior without it and what leaving others out as well changes, over all of
     them: the jackknife of clusters of labels (Cameron & Miller, J. Hum. Resour. 50, 317 (2015), section VI.B), which sees errors that
-    labels of a structure share, where the posterior takes every label as independent. Each kind counts the same; of each it is the
+    labels of a structure share, where the posterior takes every label as independent. It has to do for every kind, as a function has one
+    factor for its energies, forces and stresses, so it is that of the kind which needs the largest. For each it is the
     geometric mean of two sizes of error / standard deviation that are 1 for normal errors, the one below which CENTRAL of them lie and the
     root mean square: where tails are heavy the first alone would promise too much of large errors, the second too little of the many.
-    On top comes BEYOND: properties are of structures less like the data than those left out.
+    Like other factors (left_out_calibration) it is larger for few structures.
     """
     variances = _with_shifts(influence)
     z = influence.errors.abs() / variances.sqrt()
     usable = z.isfinite() & (influence.variances > SEEN * influence.variances.median())
     sizes = [z[usable & (influence.kind == k)] for k in range(len(KINDS))]
-    logs = [
-        0.5 * float((size.quantile(CENTRAL) * size.square().mean().sqrt()).clamp_min(LEAST).log())
+    needed = [
+        float((size.quantile(CENTRAL) * size.square().mean().sqrt()).clamp_min(LEAST)) ** 0.5
         for size in sizes
         if len(size)
     ]
-    return BEYOND * math.exp(sum(logs) / len(logs)) if logs else 1.0
+    n = max(len(influence.shifts), LEAST_FREEDOM)
+    return (n / (n - 2)) ** 0.5 * max(needed, default=1.0)
 
 
 def _with_shifts(influence: Influence) -> Tensor:
@@ -235,6 +233,21 @@ def _with_shifts(influence: Influence) -> Tensor:
     others[torch.arange(len(others)), influence.owner] = 0.0
     n = len(influence.shifts)
     return influence.variances + others.sum(1) * n / (n - 1)
+
+
+def with_shifts(
+    calibration: Calibration, influence: Influence | None, structures: int
+) -> tuple[Calibration, Tensor | None]:
+    """The calibration with the scale of calibrated samples, and their shifts (VarianceModel.shifts).
+
+    Args:
+        structures: of all that the fit is to, of which some were left out: they show so much of what leaving out all would.
+    """
+    if influence is None or calibration.sample_scale is None:
+        return calibration, None
+    influence = bounded_shifts(influence)
+    scale, share = functional_scale(influence), structures / len(influence.shifts)
+    return replace(calibration, posterior_scale=scale), scale * share**0.5 * influence.shifts
 
 
 def bounded_shifts(influence: Influence) -> Influence:

@@ -426,14 +426,8 @@ def _calibrated(
     calibration = Calibration.identity()
     if wanted and len(chosen) >= calibrate.FEWEST_LEFT_OUT:
         calibration = calibrate.left_out_calibration(predicted, calibrate.scatter_at_rest(data.targets, forces))
-    variances = replace(potential.variances, amplitude=share)
-    if calibration.sample_scale is not None and predicted.influence is not None:
-        influence = calibrate.bounded_shifts(predicted.influence)
-        scale = calibrate.functional_scale(influence)
-        calibration = replace(calibration, posterior_scale=scale)
-        # leaving out some of the structures shows so much of what leaving out all of them would
-        larger = scale * (len(groups.leaders) / len(chosen)) ** 0.5
-        variances = replace(variances, shifts=larger * influence.shifts)
+    calibration, shifts = calibrate.with_shifts(calibration, predicted.influence, len(groups.leaders))
+    variances = replace(potential.variances, amplitude=share, shifts=shifts)
     return replace(potential, variances=variances, calibration=calibration.with_amplitude(share))
 
 

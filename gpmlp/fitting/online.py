@@ -74,6 +74,7 @@ class OnlineFit:
         events: refreshes, factors computed again, and why.
         exact: the posterior of all functionals of the labels, which the mean is of; None where the mean is of the inducing points.
         amplitude: of what these miss, in variances where the mean is exact: by structures left out at the last refresh.
+        moves: of the fit by leaving structures out at the last refresh, where calibrated samples have them.
         charges: as they were fitted last, when the fit began or was made anew; None where there are none.
         charge_record: what the report has of charges that were tried and left out.
     """
@@ -96,6 +97,7 @@ class OnlineFit:
     events: tuple[str, ...] = ()
     exact: ExactPosterior | None = None
     amplitude: float = 1.0
+    moves: online_updates.StructureMoves | None = None
     charges: OnlineCharges | None = None
     charge_record: dict | None = None
 
@@ -431,21 +433,24 @@ class OnlineFit:
         wanted = self.recipe.calibration is not False and self.n_labels >= calibrate.FEWEST_ONLINE
         if self.recipe.variance is False or not (wanted or self.exact):
             return self.recalibrated()
-        plain = self._with_amplitude(1.0)
+        plain = replace(self._with_amplitude(1.0), moves=None)
         structures, targets = plain.structures, plain.targets
         solved = SparsePosterior(plain._weights, plain.factor.upper[:, :-1], {}, plain.factor.condition)
         learned = WhitenedData({}, {}, plain.noise, plain.label_noise, plain.columns_signal)
         chosen = left_out.choose_left_out(
             structures, targets, torch.zeros(0, dtype=torch.long), LEFT_OUT, plain.recipe.seed
         )
-        remaining = plain._remaining(structures, targets)
-        about = structures, targets, remaining
-        found = left_out.predict_left_out(
-            plain.potential, plain.models, learned, solved, *about, chosen, given=plain.exact
-        )
+        about = structures, targets, plain._remaining(structures, targets), chosen
+        found = left_out.predict_left_out(plain.potential, plain.models, learned, solved, *about, given=plain.exact)
         if found is None:
             return plain.recalibrated()
-        new = plain._with_calibration(calibrate.left_out_calibration(found)) if wanted else plain
+        new = plain
+        if wanted:
+            calibration = calibrate.left_out_calibration(found)
+            calibration, shifts = calibrate.with_shifts(calibration, found.influence, len(structures))
+            widths = regression.block_widths(self.models)
+            moves = online_updates.StructureMoves.from_shifts(shifts, solved.factor, widths)
+            new = replace(plain._with_calibration(calibration), moves=moves)
         new = new._with_amplitude(found.amplitude(plain.noise_of_mean)) if plain.exact else new
         return new if wanted else new.recalibrated()
 
@@ -549,7 +554,9 @@ class OnlineFit:
         factor, subset, _ = self._variance_columns()
         noises = self.constant, self.label_noise
         variances = regression.variance_model(self.models, self.columns_signal, factor, *noises, subset)
-        return replace(variances, of_fit=max(variances.of_fit, self.rank), amplitude=self.amplitude)
+        known = self.moves if subset is None else None
+        shifts = known.shifts(factor, regression.block_widths(self.models)) if known else None
+        return replace(variances, of_fit=max(variances.of_fit, self.rank), amplitude=self.amplitude, shifts=shifts)
 
 
 def _without_noises(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) -> OnlineFit:

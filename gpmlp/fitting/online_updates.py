@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -342,6 +343,31 @@ def _rotated(rows: Tensor, rotations: Sequence[Tensor | None], sizes: Sequence[i
     """[A Q | y] with Q block-diagonal; None stands for the identity."""
     pieces = rows.split([*sizes, 1], dim=1)
     return torch.cat([p if q is None else p @ q for p, q in zip(pieces, [*rotations, None], strict=True)], dim=1)
+
+
+class StructureMoves(NamedTuple):
+    """How leaving structures out moves a fit (VarianceModel.shifts), in a form that stays as columns and labels are added to it.
+
+    With the rows a of functionals and b = R⁻ᵀ a the mean moves by b.s = a.(R⁻¹ s); R changes with every label, a grows with new columns.
+
+    Attributes:
+        by_block: (structures, columns) R⁻¹ s of the columns that were there.
+    """
+
+    by_block: tuple[Tensor, ...]
+
+    @staticmethod
+    def from_shifts(shifts: Tensor | None, upper: Tensor, widths: Sequence[int]) -> StructureMoves | None:
+        """Of shifts s and R with blocks of such widths; None where these are not all of its columns (a subset), or more (charges)."""
+        if shifts is None or shifts.shape[1] != len(upper):
+            return None
+        moves = torch.linalg.solve_triangular(upper, shifts.T, upper=True).T
+        return StructureMoves(moves.split(list(widths), dim=1))
+
+    def shifts(self, upper: Tensor, widths: Sequence[int]) -> Tensor:
+        """s with R of now: columns that came since have no part in them."""
+        pad, pieces = torch.nn.functional.pad, zip(self.by_block, widths, strict=True)
+        return torch.cat([pad(moves, (0, width - moves.shape[1])) for moves, width in pieces], dim=1) @ upper.T
 
 
 def variance_factor(

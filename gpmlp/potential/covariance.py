@@ -14,12 +14,16 @@ from gpmlp.core.quantities import KINDS, Prediction
 from gpmlp.core.structures import Structures
 from gpmlp.gp.covariances import CovarianceRows
 from gpmlp.potential.samples import SampledPotential, sample_spread
+from gpmlp.uncertainty.mahalanobis import Mahalanobis
 
 
 class CorrelatedPotential(SampledPotential, Protocol):
     """What covariances need of a Potential."""
 
-    def __call__(self, structures: Structures) -> Prediction: ...
+    @property
+    def novelty(self) -> Mahalanobis | None: ...
+
+    def __call__(self, structures: Structures, *, novelty: bool = False) -> Prediction: ...
 
     def energy_deviations(self, structures: Structures) -> Tensor: ...
 
@@ -69,13 +73,28 @@ def functional(
     stacked = {kind: values if ranks[kind] else values[None] for kind, values in given.items()}
     if len({len(values) for values in stacked.values()}) > 1 or len({*ranks.values()}) > 1:
         raise errors.UserError("`weights` of all kinds must be for the same number of functionals.")
-    mean = potential(structures)
+    mean = potential(structures, novelty=calibrated and potential.novelty is not None)
     value = sum((w.flatten(1) @ getattr(mean, kind).to(w).nan_to_num().flatten() for kind, w in stacked.items()), 0)
     kinds = [kind for kind in KINDS if kind in stacked]
     rows = torch.cat([_by_entry(kind, stacked[kind]) for kind in kinds], dim=1)
     found = covariance(potential, structures, calibrated, kinds, rows).to(like)
     assert isinstance(value, Tensor), "there are weights"
+    if mean.novelty is not None:
+        wider = potential.calibration.functional_widening(_largest_novelty(structures, mean.novelty.to(like), stacked))
+        found *= wider * wider[:, None]
     return Functional(value, found) if ranks[kinds[0]] else Functional(value[0], found[0, 0])
+
+
+def _largest_novelty(structures: Structures, novelty: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """(functionals,) largest novelty of the structures that a functional depends on, 0 if there are none."""
+    owner, n = structures.structure_of_atom, len(structures)
+    largest = novelty.new_zeros(n).scatter_reduce(0, owner, novelty, "amax")
+    sizes = {
+        kind: values.abs().flatten(2).sum(2) if values.dim() > 2 else values.abs() for kind, values in weights.items()
+    }
+    if "forces" in sizes:
+        sizes["forces"] = sizes["forces"].new_zeros(len(sizes["forces"]), n).index_add(1, owner, sizes["forces"])
+    return torch.where(torch.stack(list(sizes.values())).sum(0) > 0, largest, 0.0).amax(1)
 
 
 def _by_entry(kind: str, weights: Tensor) -> Tensor:

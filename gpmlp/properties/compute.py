@@ -9,6 +9,7 @@ from itertools import count
 from typing import Any
 
 import numpy as np
+import torch
 from ase import Atoms
 
 from gpmlp.core.errors import UserError
@@ -32,6 +33,7 @@ from gpmlp.properties.surface import (
 )
 from gpmlp.properties.transport_results import TransportResults
 from gpmlp.properties.values import FEWEST, PropertyCurve, PropertyValue, has_spread, spread, value_from_samples
+from gpmlp.uncertainty.calibration import Calibration
 
 SAMPLES = 32
 
@@ -119,7 +121,8 @@ def compute_properties(
 
     The structures of each calculation are made on the mean potential; all samples of the posterior are evaluated there in one batch, and
     ions that were at rest on the mean take one Newton step with its force constants, which is right to first order in what a sample
-    differs by. With `full` each sample relaxes structures of its own, to check that.
+    differs by. With `full` each sample relaxes structures of its own, to check that. Values from structures unlike the training data have
+    larger standard deviations than samples (Calibration.functional_widening); bands of curves are those of samples.
 
     Args:
         structures: of ASE; info['name'] is what results call them (their formula if it is not there).
@@ -147,7 +150,7 @@ def compute_properties(
     results = PropertyResults((), (), tuple(there), tuple(failures), len(drawn or ()), full)
     for task, found in zip(tasks, outputs, strict=True):
         largest = None if novelty is None else novelty[task.slice]
-        results = _with_task(results, task, mean[task.slice], found, largest)
+        results = _with_task(results, task, mean[task.slice], found, largest, potential.calibration)
     for calculation in chosen:
         if isinstance(calculation, Motion):
             for _, (atoms,), prefix in applications([calculation], given):
@@ -363,11 +366,12 @@ def _with_task(
     mean: Sequence[Point],
     found: Sequence[Outputs | Failed],
     novelty: np.ndarray | None,
+    calibration: Calibration,
 ) -> PropertyResults:
     """The results with the values and curves of one task.
 
     Args:
-        novelty: of each of its structures.
+        novelty: of each of its structures; by how much wider than samples it makes values, the calibration says.
     """
     plan, values, curves = task.plan, [], []
     outputs = plan.evaluate(mean)
@@ -397,7 +401,9 @@ def _with_task(
             sources = list(plan.sources.get(name, range(len(names))))
             more: dict[str, Any] = {"about": about, "calculation": task.calculation.name}
             more["structures"] = tuple(names[i] for i in sources)
-            more["novelty"] = None if novelty is None else float(novelty[sources].max())
+            if novelty is not None:
+                largest = float(novelty[sources].max())
+                more |= {"novelty": largest, "wider": float(calibration.functional_widening(torch.tensor(largest)))}
             values.append(value_from_samples(full_name, unit, float(value), samples, **more))
     if unsure := [
         value.name for value in values if len(found) and not has_spread(len(found) - value.failed, len(found))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations_with_replacement
+from typing import Any
 
 import numpy as np
 
@@ -94,7 +95,7 @@ class StaticFrames:
                 seen = np.concatenate(self._series(frames, slice(1, None), k)).T[:, :, None]
                 found = reweighted_averages(seen, differences, temperature) if len(differences) else None
                 sampled = np.zeros(0) if found is None else found.values[:, 0]
-                said = {"about": self._said(found, mean.n_effective), **about}
+                said: dict[str, Any] = {"about": self._said(found, mean.n_effective), **about}
                 values.append(
                     value_from_samples(
                         f"{label}_{temperature:g}K", unit, float(mean.value[0]), sampled, mean.sem, **said

@@ -29,7 +29,8 @@ class PropertyValue:
         low_90, high_90: interval of 90 %, Student's with as many degrees of freedom as samples gave a value, .37 of these where sigma is
             from the median absolute deviation.
         parts: standard deviations of which sigma consists, in quadrature: 'sampled' (what the data leave open, in the size of the errors
-            that the calibration of the model has seen), 'statistical' (of averages over time); what there is none of is left out.
+            that the calibration of the model has seen, and larger where `novelty` is), 'statistical' (of averages over time); what there is
+            none of is left out.
         novelty: largest of the structures that it was computed from; None where the model has none.
         samples, failed: how many were drawn, and how many of these have no value; sigma is from the median absolute deviation then, and
             NaN where fewer than five or than half are left.
@@ -85,7 +86,13 @@ class PropertyCurve:
 
 
 def value_from_samples(
-    name: str, unit: str, mean: float, samples: Sequence[float] | np.ndarray, statistical: float = 0.0, **about: Any
+    name: str,
+    unit: str,
+    mean: float,
+    samples: Sequence[float] | np.ndarray,
+    statistical: float = 0.0,
+    wider: float = 1.0,
+    **about: Any,
 ) -> PropertyValue:
     """The property of a mean potential and of k samples (NaN where a sample has none).
 
@@ -94,6 +101,7 @@ def value_from_samples(
 
     Args:
         statistical: standard deviation of the mean's value itself, as of an average over time.
+        wider: factor on what samples show, for structures unlike the training data (Calibration.functional_widening).
         about: further fields of PropertyValue: novelty, structures, about, parts (instead of 'sampled' alone).
     """
     samples = np.asarray(samples, dtype=float)
@@ -103,7 +111,7 @@ def value_from_samples(
     sampled, freedom = float("nan"), 1.0
     if len(samples):
         sampled, freedom = (float(each[0]) for each in _spread_and_freedom(samples[:, None], value))
-    parts = {"sampled": sampled} if len(samples) else {}
+    parts = {"sampled": wider * sampled} if len(samples) else {}
     parts |= {"statistical": float(statistical)} if statistical else {}
     parts = about.pop("parts", parts)
     sigma = float(np.sqrt(np.sum(np.square(list(parts.values()))))) if parts else float("nan")

@@ -320,6 +320,16 @@ class Calibration:
             kinds[kind] = replace(learned, weights=(first / amplitude, *others)) if learned.n else learned
         return replace(self, kinds=kinds)
 
+    def functional_widening(self, novelty: Tensor) -> Tensor:
+        """Factor on the standard deviation of a functional of structures with this largest novelty: √(novelty / typical), at least 1.
+
+        Samples are of one function for all places and do not know of novelty, though far from the data errors exceed their scatter
+        (docs/decisions/025-error-bars-of-functionals.md).
+        """
+        if self.typical_novelty is None:
+            return torch.ones_like(novelty)
+        return novelty_factor(novelty, self.typical_novelty) ** 0.25
+
     def half_width(
         self, kind: str, std: Tensor, level: float, species: Tensor | None = None, groups: Sequence[str] = ()
     ) -> Tensor:

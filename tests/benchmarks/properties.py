@@ -234,10 +234,78 @@ def copper() -> System:
     return System(train, found)
 
 
+def aluminium() -> System:
+    """Aluminium by EMT: small cells, some of them with a vacancy, and a liquid; no surface."""
+    crystal = relaxed(ase.build.bulk("Al", cubic=True), EMT, cell=True)
+    a = crystal.cell.lengths()[0]
+    small = ase.build.bulk("Al", a=a, cubic=True).repeat((2, 2, 1))
+    hole = ase.build.bulk("Al", a=a, cubic=True).repeat(2)
+    full = labelled(hole, EMT)
+    del hole[0]
+    train = trajectory(small, EMT, 400, 15, seed=1) + trajectory(small, EMT, 2500, 10, seed=2)
+    train += [rattled(small, 0.04, 0.03, EMT, k) for k in range(10)] + trajectory(hole, EMT, 500, 5, seed=3)
+    found = elastic(crystal, EMT)
+    for name in ("bcc", "sc", "hcp"):
+        found.append(per_atom(name, _phase("Al", name, EMT), crystal))
+    found.append(per_atom("vacancy", relaxed(hole, EMT), full))
+    octahedral = ase.build.bulk("Al", a=a, cubic=True).repeat(2)
+    octahedral.append(ase.Atom("Al", (a / 2, a / 2, a / 2)))
+    found.append(per_atom("interstitial O", relaxed(octahedral, EMT), full))
+    for face, build in (("100", ase.build.fcc100), ("111", ase.build.fcc111)):
+        some = build("Al", (1, 1, 7), a=a, vacuum=6.0, periodic=True)
+        found.append(per_atom(f"surface {face}", relaxed(some, EMT), crystal, 0.5))
+    found += [force_constant(f"k {j}", small, EMT, 0, j) for j in (0, 1)]
+    return System(train, found)
+
+
+def nickel() -> System:
+    """Nickel by EMT, as a first fit would have it: 25 structures, surfaces among them."""
+    crystal = relaxed(ase.build.bulk("Ni", cubic=True), EMT, cell=True)
+    a = crystal.cell.lengths()[0]
+    big = ase.build.bulk("Ni", a=a, cubic=True).repeat(2)
+    hole = big.copy()
+    del hole[0]
+    slab = ase.build.fcc100("Ni", (2, 2, 4), a=a, vacuum=6.0, periodic=True)
+    train = trajectory(big, EMT, 800, 8, seed=1) + [rattled(big, 0.03, 0.015, EMT, k) for k in range(9)]
+    train += trajectory(slab, EMT, 300, 8, seed=3)
+    found = elastic(crystal, EMT)
+    for name in ("bcc", "hcp"):
+        found.append(per_atom(name, _phase("Ni", name, EMT), crystal))
+    found.append(per_atom("vacancy", relaxed(hole, EMT), labelled(big, EMT)))
+    for face, build in (("100", ase.build.fcc100), ("110", ase.build.fcc110), ("111", ase.build.fcc111)):
+        some = build("Ni", (1, 1, 7), a=a, vacuum=6.0, periodic=True)
+        found.append(per_atom(f"surface {face}", relaxed(some, EMT), crystal, 0.5))
+    adatom = ase.build.fcc111("Ni", (2, 2, 4), a=a, vacuum=7.0, periodic=True)
+    plain = relaxed(adatom, EMT)
+    ase.build.add_adsorbate(adatom, "Ni", 1.8, "fcc")
+    found.append(Property("adatom", (relaxed(adatom, EMT), plain, crystal), (1, -1, -1 / len(crystal))))
+    found += [force_constant("k self", big, EMT, 0, 0), force_constant("k neighbour", big, EMT, 0, 1)]
+    return System(train, found)
+
+
+def formic_acid() -> System:
+    """Formic acid by GFN2-xTB: torsion of OH, stretches of both CO, CH and OH."""
+    atoms = ase.build.molecule("HCOOH")
+    s, d = atoms.get_chemical_symbols(), atoms.get_all_distances()
+    c = s.index("C")
+    oxygens, hydrogens = ([i for i, x in enumerate(s) if x == symbol] for symbol in "OH")
+    ho = min(hydrogens, key=lambda i: min(d[o, i] for o in oxygens))
+    hc = next(i for i in hydrogens if i != ho)
+    bound = min(oxygens, key=lambda o: d[o, ho])
+    other = next(o for o in oxygens if o != bound)
+    stretches = {
+        "CO": (c, bound, [bound, ho]),
+        "C=O": (c, other, [other]),
+        "OH": (bound, ho, [ho]),
+        "CH": (c, hc, [hc]),
+    }
+    return molecule("HCOOH", 50, {"OH": ((other, c, bound, ho), [ho], (20, 40, 60, 90))}, stretches)
+
+
 def _phase(symbol: str, name: str, oracle: Oracle) -> Atoms:
     """Another structure of an element at the oracle's minimum along its volume."""
     guess = {"bcc": 0.80, "sc": 0.66, "diamond": 1.55, "hcp": 0.708, "fcc": 1.0}[name]
-    base = {"Cu": 3.6, "Si": 3.85}[symbol]
+    base = {"Cu": 3.6, "Si": 3.85, "Al": 4.0, "Ni": 3.5}[symbol]
     make = {"hcp": "hcp"}.get(name, name)
     options = {"cubic": True} if name in ("bcc", "diamond", "fcc") else {}
     best = None
@@ -417,6 +485,7 @@ def ethanol() -> System:
 
 SYSTEMS = {
     "cu": copper, "si": silicon, "si_pbe": silicon_pbe, "ethanol": ethanol, "salt": salt, "acetaldehyde": acetaldehyde,
+    "al": aluminium, "ni": nickel, "formic_acid": formic_acid,
 }  # fmt: skip
 
 
