@@ -210,6 +210,20 @@ def test_values_are_near_those_of_the_oracle(copper):
     assert found["bulk_modulus"].value == pytest.approx(truth["bulk_modulus"], rel=0.05)
 
 
+def test_values_unlike_the_data_are_wider_than_samples(copper):
+    """By the root of how far the novelty is above what is typical; where that is below it, as samples are."""
+    found = gpmlp.compute_properties(copper, bulk("Cu"), ["eos"])
+    value = found["bulk_modulus"]
+    for ratio, factor in ((4.0, 2.0), (0.5, 1.0)):
+        other = replace(copper.calibration, typical_novelty=value.novelty / ratio)
+        typical = gpmlp.compute_properties(replace(copper, calibration=other), bulk("Cu"), ["eos"])["bulk_modulus"]
+        none = replace(copper.calibration, typical_novelty=None)
+        samples = gpmlp.compute_properties(replace(copper, calibration=none), bulk("Cu"), ["eos"])["bulk_modulus"]
+        assert typical.sigma == pytest.approx(factor * samples.sigma, rel=1e-6)
+        assert typical.parts["sampled"] == typical.sigma
+        assert typical.high_90 - typical.value == pytest.approx(factor * (samples.high_90 - samples.value), rel=1e-6)
+
+
 def test_a_sample_that_fails_does_not_widen_the_rest():
     rng = np.random.default_rng(1)
     samples = rng.normal(2.0, 0.1, 200)

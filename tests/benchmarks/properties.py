@@ -1,6 +1,6 @@
 """Error bars of properties: functionals of energies and stresses that no fit was told, against the truth of an oracle.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/properties.py [--systems cu si ...] [--samples 32] [--json properties.json]
+    OMP_NUM_THREADS=1 python tests/benchmarks/properties.py [--systems cu si ...] [--samples 32] [--online] [--json properties.json]
 
 For each system one fit with the default recipe to structures that a user would label, and some twenty properties at the oracle's own
 geometries: phases, equation of state, elastic constants, defects, surfaces, force constants, torsions. A property is a linear functional of
@@ -33,7 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import gpmlp
 from gpmlp.core.units import VOIGT
+from gpmlp.fitting.online import OnlineFit
 from gpmlp.io.ase_atoms import from_ase, structures_from_ase
+from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
 
 Oracle = Callable[[], Calculator]
@@ -496,10 +498,21 @@ def statistics(z: Sequence[float]) -> dict[str, float]:
     return {"n": len(values)} | shares | {"rms_z": float(np.sqrt((values**2).mean()))}
 
 
-def measure(name: str, samples: int, keep: Path | None) -> dict:
+def learned_online(system: System) -> Potential:
+    """A fit to four of five structures, in random order, that learns the others one after the other."""
+    structures, targets = from_ase(system.train)
+    order = torch.randperm(len(structures), generator=torch.Generator().manual_seed(0)).tolist()
+    first, later = order[: int(0.8 * len(order))], order[int(0.8 * len(order)) :]
+    online = OnlineFit.begin(structures.select(first), targets.select(structures, first), Recipe(**system.recipe))
+    for i in later:
+        online = online.learned(structures.select([i]), targets.select(structures, [i]))
+    return online.potential
+
+
+def measure(name: str, samples: int, keep: Path | None, online: bool) -> dict:
     """Fit a system, and judge its properties."""
     system = SYSTEMS[name]()
-    potential, _ = gpmlp.fit(*from_ase(system.train), Recipe(**system.recipe))
+    potential = learned_online(system) if online else gpmlp.fit(*from_ase(system.train), Recipe(**system.recipe))[0]
     if keep is not None:
         gpmlp.save(potential, keep / f"{name}.gpmlp")
     rows = []
@@ -529,10 +542,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
     parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--online", action="store_true", help="models that learn label by label")
     parser.add_argument("--keep", type=Path, help="folder for the models")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    found = [measure(name, arguments.samples, arguments.keep) for name in arguments.systems]
+    found = [measure(name, arguments.samples, arguments.keep, arguments.online) for name in arguments.systems]
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1))
 
