@@ -540,3 +540,33 @@ def test_a_refresh_calibrates_on_structures_left_out():
     later = fresh.learned(*labelled(72)).recalibrated()
     assert later.calibration == fresh.calibration
     assert later.refreshed("again").calibration.source["held_out_structures"] == calibrate.FEWEST_ONLINE + 1
+
+
+def test_samples_have_shifts_of_structures_left_out():
+    """By a refresh; they move predictions by as much when labels, and inducing points with them, have been added."""
+    n = 24  # of small structures, with forces enough for a scale of samples
+    parts = [labelled(seed) for seed in range(n + 2)]
+    fresh = OnlineFit.begin(*together(*parts[:-2]), recipe(inducing={"gradients": 2}))
+    structures = together(*parts)[0]
+
+    def moved(online: OnlineFit) -> torch.Tensor:
+        """(energies, shifts) by which leaving structures out moves these energies."""
+        potential = online.potential
+        model = potential.variances
+        rows = model.covariance_rows(structures, [t.environments(structures) for t in potential.terms])
+        return model.whitened(rows).b.energies @ model.shifts.T
+
+    later = fresh.learned(*parts[-2]).learned(*parts[-1])
+    assert len(later.potential.variances.signal) > len(fresh.potential.variances.signal)
+    before = moved(fresh)
+    assert before.shape == (n + 2, n) and before.abs().max() > 1e-6
+    torch.testing.assert_close(moved(later), before, rtol=1e-7, atol=1e-10 * float(before.abs().max()))
+    assert later.calibration.posterior_scale == fresh.calibration.posterior_scale > 0
+    raw = later.potential.covariance(structures, kinds=["energies"])
+    scale, model = later.calibration.posterior_scale, later.potential.variances
+    rows = model.covariance_rows(structures, [t.environments(structures) for t in later.potential.terms])
+    b = model.whitened(rows).b.energies
+    torch.testing.assert_close(raw, scale**2 * b @ b.T + before @ before.T, rtol=1e-6, atol=1e-12)
+    assert moved(later.refreshed("again")).shape == (n + 2, n + 2)
+    few = OnlineFit.begin(*together(*parts[: calibrate.FEWEST_ONLINE - 1]), recipe()).potential
+    assert few.variances.shifts is None and few.calibration.posterior_scale is None

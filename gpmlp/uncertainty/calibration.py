@@ -321,14 +321,10 @@ class Calibration:
         return replace(self, kinds=kinds)
 
     def functional_widening(self, novelty: Tensor) -> Tensor:
-        """Factor on the standard deviation of a functional of structures with this largest novelty: √(novelty / typical), at least 1.
-
-        Samples are of one function for all places and do not know of novelty, though far from the data errors exceed their scatter
-        (docs/decisions/025-error-bars-of-functionals.md).
-        """
-        if self.typical_novelty is None:
-            return torch.ones_like(novelty)
-        return novelty_factor(novelty, self.typical_novelty) ** 0.25
+        """√(novelty / typical), at least 1: factor on the std of a functional of structures with this largest novelty, of which samples do
+        not know (docs/decisions/025-error-bars-of-functionals.md)."""
+        typical = self.typical_novelty
+        return torch.ones_like(novelty) if typical is None else novelty_factor(novelty, typical) ** 0.25
 
     def half_width(
         self, kind: str, std: Tensor, level: float, species: Tensor | None = None, groups: Sequence[str] = ()
@@ -346,11 +342,8 @@ class Calibration:
     def as_dict(self) -> dict:
         """Plain data for JSON; from_dict restores it exactly."""
         kinds = {kind: json_value(asdict(calibration)) for kind, calibration in self.kinds.items()}
-        numbers: dict[str, Any] = {
-            "typical_novelty": self.typical_novelty,
-            "spread": self.sample_scale,
-            "unsampled": self.unsampled,
-        }
+        numbers: dict[str, Any] = {"typical_novelty": self.typical_novelty, "spread": self.sample_scale}
+        numbers["unsampled"] = self.unsampled
         if self.posterior_scale is not None:
             numbers["posterior_scale"] = self.posterior_scale
         if self.apart is not None:
@@ -506,12 +499,8 @@ def widen_by_novelty(prediction: Prediction, structures: Structures, typical: fl
         if variance is not None:
             by = mean if name in ("energies_variance", "stresses_covariance") else factor
             by = by.reshape(-1, *(1,) * (variance.data.dim() - 1))
-            inducing, data, misspecification = (
-                by * variance.inducing,
-                by * variance.data,
-                by * variance.misspecification,
-            )
-            changed[name] = Variance(inducing, data, misspecification, variance.noise)
+            inducing, data, misfit = by * variance.inducing, by * variance.data, by * variance.misspecification
+            changed[name] = Variance(inducing, data, misfit, variance.noise)
     return replace(prediction, **changed)
 
 
