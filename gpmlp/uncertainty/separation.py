@@ -43,8 +43,8 @@ class SeparationScale:
         As of any variance known from n structures only, a new error is distributed as Student's t: larger by √(n / (n - 2)).
         """
         n = len(gaps)
-        student = (n / (n - 2)) ** 0.5
-        factors = {kind: max(1.0, student * float(found.mean().sqrt())) for kind, found in squares.items()}
+        widening = (n / (n - 2)) ** 0.5
+        factors = {kind: max(1.0, widening * float(found.mean().sqrt())) for kind, found in squares.items()}
         return SeparationScale(float(gaps.min()), float(gaps.median()), factors, n)
 
     def factor(self, kind: str, structures: Structures) -> Tensor:
