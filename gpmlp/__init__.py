@@ -25,6 +25,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 _HOMES = {
     "GPMinimizer": "gpmlp.learning.paths.minimizer",
     "GPNEB": "gpmlp.learning.paths.band",
+    "GPReactionNetwork": "gpmlp.learning.paths.network",
     "GPSaddle": "gpmlp.learning.paths.saddle",
     "PartitionedCalculator": "gpmlp.properties.partitioned",
     "Potential": "gpmlp.potential.potential",

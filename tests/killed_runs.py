@@ -24,7 +24,7 @@ import counting_oracle
 import learning_runs
 import torch
 
-from gpmlp.cli.learn import terminated_as_interrupted
+from gpmlp.cli.interrupts import terminated_as_interrupted
 from gpmlp.core.errors import UserError
 from gpmlp.io import archive
 from gpmlp.learning import labels, loop, model, walker

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import shlex
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-INTERRUPTED = 130  # by convention 128 + the number of the signal
+from gpmlp.cli.interrupts import resumable, terminated_as_interrupted
 
 
 def learn_command(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe with start, oracle and dynamics; see docs/learning.md.")],
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            help="YAML recipe with start, oracle and dynamics, or reactions; see docs/learning.md, docs/reactions.md."
+        ),
+    ],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE of the recipe; may be repeated.")
@@ -24,16 +26,20 @@ def learn_command(
         bool, typer.Option("--report/--no-report", help="Write report/ when the run has stopped.")
     ] = True,
 ) -> None:
-    """Run molecular dynamics on a model that learns while it runs, with labels of an ab initio code where it is uncertain."""
+    """Run molecular dynamics, or explore reactions, on a model that learns while it runs, with labels of an ab initio code."""
     from gpmlp.cli import console, progress
+    from gpmlp.cli.paths import explore_reactions
     from gpmlp.core import calculators
     from gpmlp.core.errors import UserError
-    from gpmlp.io.recipe_files import load_recipe_as
+    from gpmlp.io.recipe_files import has_section, load_recipe_as
     from gpmlp.learning import loop
     from gpmlp.learning.recipe import LearnRecipe
     from gpmlp.report.page import PAGE
     from gpmlp.report.run.page import report_run
 
+    if has_section(recipe, settings or [], "reactions"):
+        explore_reactions(recipe, resume, settings)
+        return
     calculators.add_import_folder(recipe.parent)
     chosen = load_recipe_as(LearnRecipe, recipe, settings or [])
     folder = recipe.parent / chosen.output
@@ -79,29 +85,3 @@ def report_folder(folder: Path, data: Path | None, output: Path | None) -> None:
         )
     page = report_run(folder, run_recipe(folder))
     console.print_line(f"wrote {page}")
-
-
-@contextmanager
-def resumable(words: Sequence[str], kept: str = "") -> Iterator[None]:
-    """Where it is interrupted, say what is kept and which command goes on (gpmlp WORDS...), and end with INTERRUPTED."""
-    from gpmlp.cli import console
-
-    try:
-        yield
-    except KeyboardInterrupt:
-        console.print_message("stopped", f"interrupted; {kept}go on with: {shlex.join(['gpmlp', *words])}")
-        raise SystemExit(INTERRUPTED) from None
-
-
-@contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """Batch systems end a job by SIGTERM: treat it as Ctrl-C, so that everything is closed in order."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gpmlp.cli.check import Keys
-from gpmlp.cli.learn import resumable
+from gpmlp.cli.interrupts import resumable
 from gpmlp.core.errors import UserError
 
 if TYPE_CHECKING:

@@ -20,8 +20,9 @@ import typer
 import gpmlp
 from gpmlp.cli.check import Keys, check_command
 from gpmlp.cli.export import export_command
+from gpmlp.cli.interrupts import INTERRUPTED
 from gpmlp.cli.lammps import app as lammps_app
-from gpmlp.cli.learn import INTERRUPTED, learn_command, report_folder
+from gpmlp.cli.learn import learn_command, report_folder
 from gpmlp.cli.locality import locality_command
 from gpmlp.cli.md import md_command
 from gpmlp.cli.partition import partition_command

@@ -1,19 +1,19 @@
-"""The commands `gpmlp relax`, `gpmlp neb` and `gpmlp saddle`: a recipe in, a run on few labels, its progress and what came of it out."""
+"""The commands `gpmlp relax`, `neb`, `saddle` and `learn` with `reactions`: a recipe in, a run on few labels, its progress and outcome."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gpmlp.cli.learn import resumable, terminated_as_interrupted
+from gpmlp.cli.interrupts import resumable, terminated_as_interrupted
 
 if TYPE_CHECKING:
     from gpmlp.learning.paths.band import BandLabel
-    from gpmlp.learning.paths.run import PathOutcome, RelaxOutcome, RelaxStep, SaddleOutcome
+    from gpmlp.learning.paths.run import RelaxStep
     from gpmlp.learning.paths.saddle import SaddleLabel
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")]
@@ -27,23 +27,13 @@ def relax_command(
     settings: Settings = None,
 ) -> None:
     """Relax a structure with few calculations: on a model of all labels so far, with a label where it arrives."""
-    from gpmlp.cli import console
     from gpmlp.learning.paths import run
     from gpmlp.learning.paths.recipe import RelaxRecipe
     from gpmlp.report.path.page import relaxation_page
 
-    chosen = _recipe(RelaxRecipe, recipe, settings)
-    folder = recipe.parent / chosen.output
-    outcome: RelaxOutcome | None = None
-    labels: list[RelaxStep] = []
-    with _interruptible("relax", recipe, settings), closing(run.relax(chosen, recipe.parent, resume)) as states:
-        for state in states:
-            if isinstance(state, run.RelaxOutcome):
-                outcome = state
-            else:
-                labels.append(state)
-                _line(state.labels, _relaxed(state))
-    assert outcome is not None
+    chosen, folder = _recipe(RelaxRecipe, recipe, settings)
+    states = run.relax(chosen, recipe.parent, resume)
+    labels, outcome = _followed("relax", recipe, settings, states, run.RelaxOutcome, _relaxed)
     page = relaxation_page(outcome, labels, chosen.model_dump(mode="json")).write(folder)
     pairs = [
         ("energy", f"{labels[-1].energy:.4f} eV"),
@@ -53,7 +43,7 @@ def relax_command(
         ("page", str(page)),
         ("numbers, labels", f"relax.json, labels.xyz in {folder}"),
     ]
-    console.standard_output().print(console.pairs_table("Relaxation", pairs))
+    _print_pairs("Relaxation", pairs)
     _check_converged(outcome.converged, len(labels), folder)
 
 
@@ -63,30 +53,18 @@ def neb_command(
     settings: Settings = None,
 ) -> None:
     """Find the minimum-energy path of a reaction and its barrier with few calculations, and an error bar for it."""
-    from gpmlp.cli import console
     from gpmlp.io.files import atomic_write
     from gpmlp.learning.paths import run
     from gpmlp.learning.paths.recipe import NebRecipe
     from gpmlp.report.path.page import path_page
 
-    chosen = _recipe(NebRecipe, recipe, settings)
-    folder = recipe.parent / chosen.output
-    outcome: PathOutcome | None = None
-    labels: list[BandLabel] = []
-    with _interruptible("neb", recipe, settings), closing(run.find_path(chosen, recipe.parent, resume)) as states:
-        for state in states:
-            if isinstance(state, run.PathOutcome):
-                outcome = state
-            else:
-                labels.append(state)
-                _line(state.number, _labelled(state))
-    assert outcome is not None
+    chosen, folder = _recipe(NebRecipe, recipe, settings)
+    states = run.find_path(chosen, recipe.parent, resume)
+    labels, outcome = _followed("neb", recipe, settings, states, run.PathOutcome, _labelled)
     page = path_page(outcome, labels, chosen.model_dump(mode="json"))
     with atomic_write(folder / "path.png") as file:
         file.write(page.pictures["course"].png)
-    console.standard_output().print(
-        console.pairs_table("Path", _outcome_pairs(outcome.numbers, folder, page.write(folder)))
-    )
+    _print_pairs("Path", _outcome_pairs(outcome.numbers, folder, page.write(folder)))
     _check_converged(outcome.converged, len(labels), folder)
 
 
@@ -96,25 +74,15 @@ def saddle_command(
     settings: Settings = None,
 ) -> None:
     """Find a saddle near a minimum, without an end point, its barrier with an error bar and the minima that it joins."""
-    from gpmlp.cli import console
     from gpmlp.learning.paths import run
     from gpmlp.learning.paths.recipe import SaddleRecipe
     from gpmlp.report.path.page import saddle_page
 
-    chosen = _recipe(SaddleRecipe, recipe, settings)
-    folder = recipe.parent / chosen.output
-    outcome: SaddleOutcome | None = None
-    labels: list[SaddleLabel] = []
-    with _interruptible("saddle", recipe, settings), closing(run.find_saddle(chosen, recipe.parent, resume)) as states:
-        for state in states:
-            if isinstance(state, run.SaddleOutcome):
-                outcome = state
-            else:
-                labels.append(state)
-                _line(state.number, _searched(state))
-    assert outcome is not None
+    chosen, folder = _recipe(SaddleRecipe, recipe, settings)
+    states = run.find_saddle(chosen, recipe.parent, resume)
+    labels, outcome = _followed("saddle", recipe, settings, states, run.SaddleOutcome, _searched)
     page = saddle_page(outcome, labels, chosen.model_dump(mode="json")).write(folder)
-    console.standard_output().print(console.pairs_table("Saddle", _saddle_pairs(outcome.numbers, folder, page)))
+    _print_pairs("Saddle", _saddle_pairs(outcome.numbers, folder, page))
     advice = MORE
     if outcome.numbers["highest_eV_met"]:
         advice = (
@@ -124,29 +92,77 @@ def saddle_command(
     _check_converged(outcome.converged, len(labels), folder, advice)
 
 
-def _recipe(kind: type, recipe: Path, settings: list[str] | None) -> Any:
+def explore_reactions(recipe: Path, resume: bool, settings: list[str] | None) -> None:
+    """`gpmlp learn` with `reactions`: explore from a minimum to a network of products."""
+    from gpmlp.cli.console import standard_output
+    from gpmlp.cli.exploration import ExplorationBar, network_tables
+    from gpmlp.learning.paths import run
+    from gpmlp.learning.paths.recipe import NetworkRecipe
+    from gpmlp.report.path.network import network_page
+
+    chosen, folder = _recipe(NetworkRecipe, recipe, settings)
+    states = run.find_network(chosen, recipe.parent, resume)
+    with ExplorationBar(chosen.labels_at_most) as bar:
+        _, outcome = _followed("learn", recipe, settings, states, run.NetworkOutcome, bar)
+    page = network_page(outcome, chosen.model_dump(mode="json")).write(folder)
+    for table in network_tables(outcome.numbers, folder, page):
+        standard_output().print(table)
+
+
+def _followed(
+    command: str,
+    recipe: Path,
+    settings: list[str] | None,
+    states: Generator[Any, None, None],
+    kind: type,
+    say: Callable[[Any], str | None],
+) -> tuple[list[Any], Any]:
+    """Labels of a run and its outcome, which is of that kind, each said in a line as it comes."""
+    labels: list[Any] = []
+    outcome: Any = None
+    with _interruptible(command, recipe, settings), closing(states):
+        for state in states:
+            if isinstance(state, kind):
+                outcome = state
+                continue
+            labels.append(state)
+            if line := say(state):
+                _line(line)
+    assert outcome is not None
+    return labels, outcome
+
+
+def _print_pairs(title: str, pairs: list[tuple[str, str]]) -> None:
+    from gpmlp.cli import console
+
+    console.standard_output().print(console.pairs_table(title, pairs))
+
+
+def _recipe(kind: type, recipe: Path, settings: list[str] | None) -> tuple[Any, Path]:
+    """The recipe, and the folder of the run."""
     from gpmlp.core import calculators
     from gpmlp.io.recipe_files import load_recipe_as
 
     calculators.add_import_folder(recipe.parent)
-    return load_recipe_as(kind, recipe, settings or [])
+    chosen: Any = load_recipe_as(kind, recipe, settings or [])
+    return chosen, recipe.parent / chosen.output
 
 
 def _relaxed(step: RelaxStep) -> str:
-    return f"energy {step.energy:.4f} eV, largest force {step.force:.3f} eV/A"
+    return f"label {step.labels}: energy {step.energy:.4f} eV, largest force {step.force:.3f} eV/A"
 
 
 def _labelled(label: BandLabel) -> str:
     return (
-        f"image {label.image} ({label.reason}): barrier {label.barrier:.3f} ± {label.sigma:.2g} eV foreseen, energy there off by "
-        f"{1000 * abs(label.error):.0f} meV, largest force {label.force:.3f} eV/A"
+        f"label {label.number}: image {label.image} ({label.reason}): barrier {label.barrier:.3f} ± {label.sigma:.2g} eV foreseen, "
+        f"energy there off by {1000 * abs(label.error):.0f} meV, largest force {label.force:.3f} eV/A"
     )
 
 
 def _searched(label: SaddleLabel) -> str:
     return (
-        f"{label.reason}: {label.barrier:.3f} ± {label.sigma:.2g} eV above the start foreseen, off by {1000 * abs(label.error):.0f} meV, "
-        f"lowest curvature {label.curvature:.2f} eV/A^2, largest force {label.force:.3f} eV/A"
+        f"label {label.number}: {label.reason}: {label.barrier:.3f} ± {label.sigma:.2g} eV above the start foreseen, "
+        f"off by {1000 * abs(label.error):.0f} meV, lowest curvature {label.curvature:.2f} eV/A^2, largest force {label.force:.3f} eV/A"
     )
 
 
@@ -185,10 +201,12 @@ def _outcome_pairs(numbers: dict[str, Any], folder: Path, page: Path) -> list[tu
     ]
 
 
-def _line(number: int, text: str) -> None:
+def _line(text: str) -> None:
+    """What a line is of, dimmed, and the rest."""
     from gpmlp.cli.console import literal, standard_error
 
-    standard_error().print(f"[dim]label {number}:[/] {literal(text)}", soft_wrap=True)
+    what, _, rest = text.partition(":")
+    standard_error().print(f"[dim]{literal(what)}:[/]{literal(rest)}", soft_wrap=True)
 
 
 def _check_converged(converged: bool, labels: int, folder: Path, advice: str = MORE) -> None:

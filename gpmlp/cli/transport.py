@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gpmlp.cli.learn import resumable, terminated_as_interrupted
+from gpmlp.cli.interrupts import resumable, terminated_as_interrupted
 from gpmlp.core.errors import UserError
 
 if TYPE_CHECKING:

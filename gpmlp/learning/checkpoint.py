@@ -42,6 +42,8 @@ MAY_CHANGE = (
     "thin",
     "labels_at_most",
     "highest_eV",
+    "reactions.minima_at_most",
+    "reactions.highest_eV",
     "lammps.",
     "output",
     "target.property",

@@ -11,6 +11,7 @@ from ase.optimize import BFGS
 from ase.optimize.optimize import Optimizer
 
 from gpmlp.core.errors import UserError
+from gpmlp.learning.paths.oracle import SearchError
 from gpmlp.learning.paths.surface import Surface, surface_recipe
 from gpmlp.properties.constraints import check_constraints
 
@@ -82,11 +83,11 @@ def relaxed_surface(atoms: Atoms, surface: Surface, fmax: float, what: str) -> S
     """Relax atoms that have a calculator; the surface with all their labels, of which the last is of the atoms at rest.
 
     Raises:
-        UserError: `what` is not at rest after MOST_LABELS labels.
+        SearchError: `what` is not at rest after MOST_LABELS labels.
     """
     relaxation = GPMinimizer(atoms, surface, logfile=None)
     if not relaxation.run(fmax, MOST_LABELS):
-        raise UserError(f"{what} is not at rest after {MOST_LABELS} labels: relax it first.")
+        raise SearchError(f"{what} is not at rest after {MOST_LABELS} labels: relax it first.")
     return relaxation.surface.with_oracle(atoms)
 
 

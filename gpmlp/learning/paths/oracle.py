@@ -15,6 +15,10 @@ from gpmlp.learning.label_requests import LabelRequest, LabelRequests
 from gpmlp.learning.labels import LabelEntry, canonical_structure
 
 
+class SearchError(UserError):
+    """What ends one search, but no exploration of many: a structure that the oracle has no label of, a relaxation that takes too long."""
+
+
 class OracleCalculator(Calculator):
     """Energy and forces of another calculator, which constraints of the atoms do not concern.
 
@@ -47,8 +51,12 @@ class OracleCalculator(Calculator):
         self.calls += 1
         energy, forces = self._label(free)
         if not (np.isfinite(energy) and np.isfinite(forces).all()):
-            raise UserError(f"{self.reason}: the oracle gave an energy or forces that are not finite numbers.")
+            raise SearchError(f"{self.reason}: the oracle gave an energy or forces that are not finite numbers.")
         self.results = {"energy": float(energy), "free_energy": float(energy), "forces": np.array(forces)}
+
+    def is_shared(self, atoms: Atoms) -> bool:
+        """Whether another run has labelled these atoms, so that they are no call."""
+        return False
 
     def _label(self, atoms: Atoms) -> tuple[float, np.ndarray]:
         atoms.calc = self.inner
@@ -56,7 +64,7 @@ class OracleCalculator(Calculator):
             return atoms.get_potential_energy(), atoms.get_forces()
         except Exception as error:  # calculators fail in many ways
             said = " ".join(str(error).split()) or "no message"
-            raise UserError(f"{self.reason}: the oracle failed: {type(error).__name__}: {said}") from error
+            raise SearchError(f"{self.reason}: the oracle failed: {type(error).__name__}: {said}") from error
 
 
 class RunOracle(OracleCalculator):
@@ -65,11 +73,20 @@ class RunOracle(OracleCalculator):
 
     Attributes:
         shared: labels of other runs by key; they are no calls.
+        needed: whether a structure without a label ends the run; otherwise SearchError is raised, and it is not asked for again.
     """
 
-    def __init__(self, requests: LabelRequests, shared: Mapping[str, LabelEntry]) -> None:
+    def __init__(self, requests: LabelRequests, shared: Mapping[str, LabelEntry], needed: bool = True) -> None:
         super().__init__(None)
-        self.requests, self.shared = requests, shared
+        self.requests, self.shared, self.needed = requests, shared, needed
+
+    def key(self, atoms: Atoms) -> str:
+        """Of the label of some atoms."""
+        return self.requests.key(canonical_structure(structures_from_ase([atoms], [self.reason])))
+
+    def is_shared(self, atoms: Atoms) -> bool:
+        """See OracleCalculator."""
+        return self.key(atoms) in self.shared
 
     def _label(self, atoms: Atoms) -> tuple[float, np.ndarray]:
         request = LabelRequest(canonical_structure(structures_from_ase([atoms], [self.reason])))
@@ -77,6 +94,7 @@ class RunOracle(OracleCalculator):
         if entry is not None:
             self.calls -= 1
         else:
-            entry = self.requests.collect(request, self.reason, {}, needed=True)
-        assert entry is not None  # needed
+            entry = self.requests.collect(request, self.reason, {}, needed=self.needed)
+        if entry is None:
+            raise SearchError(f"{self.reason}: the oracle gave no label: {self.requests.refused}")
         return float(entry.targets.energies[0]), entry.targets.forces.numpy()

@@ -1,4 +1,4 @@
-"""Runs of `gpmlp relax`, `gpmlp neb` and `gpmlp saddle`: labels in a folder, from which a killed one goes on and asks for none again.
+"""Runs of `gpmlp relax`, `neb`, `saddle` and `learn` with `reactions`: labels in a folder, from which a killed one goes on.
 
 The course of a run follows from its recipe and its labels alone: one that is resumed goes the same way, and what is in the label file
 is not asked of the oracle.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,8 +31,9 @@ from gpmlp.learning.paths import vibrations
 from gpmlp.learning.paths.band import GPNEB, BandLabel
 from gpmlp.learning.paths.band import Path as ReactionPath
 from gpmlp.learning.paths.minimizer import GPMinimizer
+from gpmlp.learning.paths.network import GPReactionNetwork, NetworkLabel, Search
 from gpmlp.learning.paths.oracle import RunOracle
-from gpmlp.learning.paths.recipe import NebRecipe, RelaxRecipe, SaddleRecipe
+from gpmlp.learning.paths.recipe import MotionRecipe, NebRecipe, NetworkRecipe, RelaxRecipe, SaddleRecipe
 from gpmlp.learning.paths.saddle import BESIDE, GPSaddle, Saddle, SaddleLabel
 from gpmlp.learning.paths.shared_labels import FOLDER, SharedLabels
 from gpmlp.learning.paths.surface import Surface
@@ -220,8 +221,9 @@ def find_saddle(
         UserError: see `relax`.
     """
     start, folder = read_structure(base / recipe.start, recipe.fixed), base / recipe.output
-
-    about = recipe.direction, recipe.seed, recipe.relax_start, recipe.sides
+    given = recipe.direction
+    direction = given.motion(start) if isinstance(given, MotionRecipe) else given
+    about = direction, recipe.seed, recipe.relax_start, recipe.sides
     GPSaddle(start, object(), *about)  # a bad direction is refused before anything is written
     with _opened(recipe, base, resume, start) as (oracle, files, surface):
         search = GPSaddle(start, oracle, *about, surface)
@@ -281,6 +283,117 @@ def _saddle_frames(saddle: Saddle) -> list[Atoms]:
     return frames
 
 
+@dataclass(frozen=True, eq=False)
+class NetworkOutcome:
+    """What an exploration came to; `numbers` are of network.json."""
+
+    numbers: dict[str, Any]
+    network: GPReactionNetwork
+
+
+def find_network(
+    recipe: NetworkRecipe, base: Path = Path("."), resume: bool = False
+) -> Generator[NetworkLabel | Search | NetworkOutcome, None, None]:
+    """Explore the reactions around a minimum; yields each label of a search, each search that is over, and the outcome last.
+
+    OUTPUT/network.json, minima.xyz and saddles.xyz hold what came of it so far, after each search.
+
+    Args:
+        base, resume: see `relax`.
+
+    Raises:
+        UserError: see `relax`.
+    """
+    start, chosen = read_structure(base / recipe.start, recipe.fixed), recipe.reactions
+    GPReactionNetwork(start, object(), chosen.ways)  # what is bad is refused before anything is written
+    with _opened(recipe, base, resume, start) as (oracle, files, surface):
+        oracle.needed = False
+        network = GPReactionNetwork(start, oracle, chosen.ways, recipe.seed, surface)
+        limits = recipe.labels_at_most, chosen.highest_eV, recipe.energy_eV, chosen.minima_at_most
+        for event in network.irun(recipe.force_eV_per_A, *limits):
+            if isinstance(event, NetworkLabel):
+                files.log_event("label", **_with_units({**asdict(event), "label": None, **asdict(event.label)}))
+            else:
+                files.log_event("search", **asdict(event))
+                _write_network(network, oracle, base / recipe.output)
+            yield event
+        yield NetworkOutcome(_write_network(network, oracle, base / recipe.output), network)
+
+
+def _write_network(network: GPReactionNetwork, oracle: RunOracle, folder: Path) -> dict[str, Any]:
+    """network.json, whose numbers are returned, and the structures."""
+    numbers = network_numbers(network, oracle.key)
+    write_frames(folder / "minima.xyz", [_frame(m.atoms, m.energy, f"minimum {m.number}") for m in network.minima])
+    saddles = []
+    for r in network.reactions:
+        saddles.append(_frame(r.saddle, r.energy, f"saddle {r.number}"))
+        saddles[-1].set_array("mode", r.mode)
+    if saddles:
+        write_frames(folder / "saddles.xyz", saddles)
+    _write_json(folder / "network.json", numbers)
+    return numbers
+
+
+def _frame(atoms: Atoms, energy: float, what: str) -> Atoms:
+    frame = atoms.copy()
+    frame.calc = atoms.calc
+    frame.info |= {"what": what, "relative_energy_eV": energy}
+    return frame
+
+
+def network_numbers(network: GPReactionNetwork, key: Callable[[Atoms], str]) -> dict[str, Any]:
+    """What network.json holds.
+
+    Args:
+        key: of the label of a structure in labels.xyz.
+    """
+    minima = [
+        {
+            "number": m.number,
+            "energy_eV": m.energy,
+            "sigma_eV": m.sigma,
+            "fragments": m.fragments,
+            "lowest_curvature_eV_per_A2": m.softest,
+            "found_in_search": m.found_in,
+            "ways_left": network.ways_left(m),
+            "frame": m.number - 1,
+            "label": key(m.atoms),
+        }
+        for m in network.minima
+    ]
+    reactions = [
+        {
+            "number": r.number,
+            "from": r.first,
+            "to": r.second,
+            "bonds": r.bonds,
+            "saddle_energy_eV": r.energy,
+            "barrier_eV": r.forward,
+            "barrier_sigma_eV": r.sigma,
+            "barrier_90_eV": r.interval,
+            "reverse_barrier_eV": r.backward,
+            "reverse_barrier_sigma_eV": r.sigma_backward,
+            "reverse_barrier_90_eV": r.interval_backward,
+            "imaginary_frequencies_per_cm": r.imaginary,
+            "found_in_search": r.found_in,
+            "frame": r.number - 1,
+            "labels": [
+                key(x) for x in (network.minima[r.first - 1].atoms, r.saddle, network.minima[r.second - 1].atoms)
+            ],
+        }
+        for r in network.reactions
+    ]
+    return {
+        "ended": network.ended,
+        "oracle_calls": network.calls,
+        "minima_file": "minima.xyz",
+        "minima": minima,
+        "saddles_file": "saddles.xyz",
+        "reactions": reactions,
+        "searches": [asdict(search) for search in network.searches],
+    }
+
+
 def read_structure(path: Path, fixed: tuple[int, ...] = ()) -> Atoms:
     """The one structure of a file, in any format that ASE reads, with the constraints that it holds and some more fixed atoms.
 
@@ -311,17 +424,18 @@ def read_structure(path: Path, fixed: tuple[int, ...] = ()) -> Atoms:
 
 @contextmanager
 def _opened(
-    recipe: RelaxRecipe | NebRecipe | SaddleRecipe, base: Path, resume: bool, start: Atoms
+    recipe: RelaxRecipe | NebRecipe | SaddleRecipe | NetworkRecipe, base: Path, resume: bool, start: Atoms
 ) -> Iterator[tuple[RunOracle, PathFiles, Surface]]:
     """The oracle, the files of a run, closed in the end, and the surface that it begins with; what a run wrote that failed before its
     first label is removed."""
     recipe.oracle.check()  # before anything is written
     folder, others = base / recipe.output, [base / name for name in recipe.labels]
-    shared = SharedLabels.read(others, folder, recipe.oracle.settings_hash, start)
+    begun = any((folder / name).exists() for name in (LABELS, "refused.jsonl"))
+    shared = SharedLabels.read(others, folder if begun else None, recipe.oracle.settings_hash, start)
     files = PathFiles(folder, recipe, resume)
     try:
         with closing(files):
-            shared.keep(folder)
+            shared.keep(folder, begun)
             requests = LabelRequests(recipe.oracle, folder, files, ActivityTimer())
             with closing(requests):
                 files.truncate(RunProgress())

@@ -16,20 +16,26 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 from ase.build import minimize_rotation_and_translation
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.geometry import find_mic
 
 from gpmlp.core.errors import UserError
 from gpmlp.learning.paths.minimizer import descend, relaxed_surface
+from gpmlp.learning.paths.motions import Motion
 from gpmlp.learning.paths.oracle import OracleCalculator
+from gpmlp.learning.paths.same import SAME_ENERGY, find_same
 from gpmlp.learning.paths.surface import Surface, surface_recipe
 from gpmlp.learning.paths.vibrations import hessian
 from gpmlp.properties.constraints import check_constraints, free_motions
 
 LONGEST_STEP = 0.1  # A, of an atom on the posterior
+SHORTEST_STEP = 0.01  # A, of a push that goes back to the top
 FARTHEST = 0.2  # A that an atom may move before the next label; twice that where the model is sure
 TRUST = 0.15  # eV, standard deviation at which a label is asked for
+FARTHEST_SIGMA = 0.3  # eV, beyond which a step is halved
 SHARPER = 0.7  # of the limit of forces, to which the saddle is found on the posterior
 STEPS = 60  # on the posterior between two labels at most
+RELAXING = 3  # steps at right angles to each that is pushed
 NEGATIVE = 0.05  # eV/A^2; a curvature below minus that is followed
 SOFTEST = 0.2  # eV/A^2; softer modes are taken for that stiff by Newton's step
 ALIKE = 0.3  # overlap with the direction of a mode that takes over from it
@@ -109,28 +115,36 @@ class GPSaddle:
         saddle: after the last label; None before there is one.
         converged: whether the oracle's forces are below fmax, its energy was foreseen, and the posterior has one negative mode there.
         too_high: whether the last label is higher above the start than the search may go.
+        known: which of the saddles that were given it arrived at; None where it did at none.
     """
 
     def __init__(
         self,
         start: Atoms,
         calculator: Any = None,
-        direction: str | np.ndarray | Mapping[int, Sequence[float]] = "random",
+        direction: str | np.ndarray | Motion | Mapping[int, Sequence[float]] = "random",
         seed: int = 0,
         relax_start: bool = True,
         sides: bool = True,
         surface: Surface | None = None,
+        minima: Sequence[Atoms] = (),
+        saddles: Sequence[Atoms] = (),
+        softens: bool = False,
     ) -> None:
         """Take a structure near a minimum, which is not changed.
 
         Args:
             calculator: the oracle; that of the start if not given.
             direction: one of DIRECTIONS (around a random atom; the posterior's softest mode; of some random ones that in which the
-                posterior is the least sure), (atoms, 3), or vectors of some atoms by index.
+                posterior is the least sure), (atoms, 3), vectors of some atoms by index, or a Motion.
             seed: of directions that are random, and of the sign of the softest one.
             relax_start: relax it first if its forces are above fmax; otherwise it stays as it is.
             sides: relax from the saddle to both sides, to the minima that it joins.
             surface: labels that are there already.
+            minima, saddles: that are known, with the oracle's energies. A search that arrives at such a saddle ends without a label
+                (`known`), and sides that are such a minimum, in whatever order its atoms are, cost none.
+
+            softens: turn a direction that is given to soft modes on the way, as the others do.
 
         Raises:
             UserError: no calculator, a constraint that is not supported, a direction that is none, or that nothing can move along.
@@ -143,14 +157,20 @@ class GPSaddle:
         self.start, self.relax_start, self.with_sides = start.copy(), relax_start, sides
         self._given: Any = direction
         self._rng = np.random.default_rng(seed)
-        if not isinstance(direction, str):
+        if isinstance(direction, Motion):
+            given_direction(start, direction.vectors(start))
+        elif not isinstance(direction, str):
             self._given = given_direction(start, direction)
         elif direction not in DIRECTIONS:
             raise UserError(f"direction: there is no {direction!r}; give {', '.join(DIRECTIONS)}, or vectors of atoms.")
         self.surface = Surface(surface_recipe()) if surface is None else surface
+        self._softens = softens or isinstance(direction, str)
+        self.minima, self.saddles = tuple(minima), tuple(saddles)
+        self.known: int | None = None
         self._given_labels = len(self.surface.labels)
         self.atoms, self._begun = self.start.copy(), False
-        self._rests = False
+        self._rests, self._stride = False, LONGEST_STEP
+        self._hessian: tuple[Surface, np.ndarray, np.ndarray] | None = None
         self._doubtful: np.ndarray | None = None  # mode of whose curvature the model is not sure
         self._checked: list[np.ndarray] = []
         self.labels: list[SaddleLabel] = []
@@ -176,11 +196,14 @@ class GPSaddle:
             UserError: the oracle failed, and where; the start did not come to rest.
         """
         if not self._begun:
-            self._begin(fmax)
+            self.begin(fmax)
         while not self.converged and len(self.labels) < steps and not self._too_high(highest):
             if self._doubtful is None:
                 reason = self._climb(fmax, foreseen)
                 place = self.atoms
+                if reason == ARRIVED and (known := self._known_saddle()) is not None:
+                    self.known = known
+                    return
             else:
                 reason, place = BESIDE, self._beside(self.atoms, self._doubtful)
             label = self._label(place, reason, fmax, foreseen)
@@ -194,12 +217,22 @@ class GPSaddle:
         self.too_high = bool(self.labels) and self.labels[-1].barrier - self.labels[-1].error > highest
         return self.too_high
 
+    def _known_saddle(self) -> int | None:
+        """Which of the known saddles this place is, by the model where it is sure."""
+        foreseen = self.surface.predict([self.start, self.atoms])
+        if foreseen.difference_sigmas[1] > SAME_ENERGY:
+            return None
+        energy = self.start.get_potential_energy() + float(foreseen.energies[1] - foreseen.energies[0])
+        return find_same(self.atoms, self.saddles, energy)
+
     # ---------------------------------------------------------------- the course of a search
 
-    def _begin(self, fmax: float) -> None:
+    def begin(self, fmax: float) -> None:
         self.start.calc, self.oracle.reason = self.oracle, "The start"
         if self.relax_start:
             self.start = self._relaxed(self.start, fmax)
+        elif (label := self.surface.label_of(self.start)) is not None:
+            self.start.calc = label.calc
         else:
             self.surface = self.surface.with_oracle(self.start)
             self.start = self._last()
@@ -214,7 +247,7 @@ class GPSaddle:
     def _direction(self) -> np.ndarray:
         """(3 atoms,) of what can move."""
         if not isinstance(self._given, str):
-            return self._along(self._given.ravel())
+            return self._given_way()
         if self._given == "random":
             return self._random()
         if self._given == "softest":
@@ -223,8 +256,13 @@ class GPSaddle:
         candidates = [self._random() for _ in range(CANDIDATES)]
         images = [self.atoms.copy() for _ in candidates]
         for image, way in zip(images, candidates, strict=True):
-            image.positions += FARTHEST * _longest_one(way)
+            image.positions += FARTHEST * longest_one(way)
         return candidates[int(self.surface.predict(images).sigmas.argmax())]
+
+    def _given_way(self) -> np.ndarray:
+        """(3 atoms,) the direction that was given, at the present place."""
+        vectors = self._given.vectors(self.atoms) if isinstance(self._given, Motion) else self._given
+        return self._along(vectors.ravel())
 
     def _random(self) -> np.ndarray:
         centre = self._rng.choice(self._free)
@@ -237,7 +275,7 @@ class GPSaddle:
 
     def _climb(self, fmax: float, foreseen: float) -> str:
         """Go towards the saddle on the posterior until it is reached or a label is needed; why."""
-        before = self.atoms.positions.copy()
+        before, self._stride = self.atoms.positions.copy(), LONGEST_STEP
         for _ in range(STEPS):
             forces = self.surface.forces([self.atoms])[1][0].ravel()
             self._motions = free_motions(self.atoms)
@@ -247,24 +285,36 @@ class GPSaddle:
             others = np.delete(curvatures, followed or 0)
             if rests and followed is not None and (self._moved(before) > 0 or (others >= -NEGATIVE).all()):
                 return ARRIVED
-            step = self._push(forces) if followed is None else _newton(forces, curvatures, vectors, followed)
-            if rests and followed is not None:  # a saddle of higher order, and it is known to be one
-                step = step + LONGEST_STEP * np.delete(vectors, followed, axis=1)[:, 0]
-            self.atoms.positions += _shortened(step)
-            sigma = self.surface.predict([self.atoms]).sigmas[0]
+            last = self.atoms.positions.copy()
+            if followed is None:
+                self._push(forces)
+            else:
+                step = _newton(forces, curvatures, vectors, followed)
+                if rests:  # a saddle of higher order, and it is known to be one
+                    step = step + LONGEST_STEP * np.delete(vectors, followed, axis=1)[:, 0]
+                self.atoms.positions += _shortened(step)
+            sigma = self._sigma()
+            while sigma > FARTHEST_SIGMA:  # a step into what the model does not know at all
+                self.atoms.positions = 0.5 * (last + self.atoms.positions)
+                sigma = self._sigma()
             if sigma > TRUST or self._moved(before) > FARTHEST * (2 if sigma < foreseen else 1):
                 break
         return PUSHED if followed is None else FOLLOWED
+
+    def _sigma(self) -> float:
+        return float(self.surface.predict([self.atoms]).sigmas[0])
 
     def _moved(self, before: np.ndarray) -> float:
         return float(np.linalg.norm(self.atoms.positions - before, axis=1).max())
 
     def _curvatures(self, atoms: Atoms, motions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Eigenvalues, rising, eV/A^2, and vectors (3 atoms, k) of the Hessian within some motions."""
-        whole = np.zeros((len(motions), len(motions)))
-        rows = (3 * np.array(self._free)[:, None] + np.arange(3)).ravel()
-        whole[np.ix_(rows, rows)] = hessian(self.surface, atoms, self._free)
-        values, vectors = np.linalg.eigh(motions.T @ whole @ motions)
+        if self._hessian is None or self._hessian[0] is not self.surface or (self._hessian[1] != atoms.positions).any():
+            whole = np.zeros((len(motions), len(motions)))
+            rows = (3 * np.array(self._free)[:, None] + np.arange(3)).ravel()
+            whole[np.ix_(rows, rows)] = hessian(self.surface, atoms, self._free)
+            self._hessian = self.surface, atoms.positions.copy(), whole
+        values, vectors = np.linalg.eigh(motions.T @ self._hessian[2] @ motions)
         return values, motions @ vectors
 
     def _followed(self, curvatures: np.ndarray, vectors: np.ndarray) -> int | None:
@@ -277,19 +327,27 @@ class GPSaddle:
         self.direction = vectors[:, i] * np.sign(overlaps[i])
         return i
 
-    def _push(self, forces: np.ndarray) -> np.ndarray:
-        """Up along the direction, as at first from where nothing is up or down, and down along what is at right angles to it."""
-        if self._moved(self.start.positions) >= FARTHEST and forces @ self.direction > DOWNHILL:
-            self.direction = -self.direction
-        if isinstance(self._given, str):  # one step of inverse iteration: what is stiff leads nowhere
+    def _push(self, forces: np.ndarray) -> None:
+        """Up along the direction, as at first from where nothing is up or down, and then down along what is at right angles to it: the
+        Hessian of a bond that is stretched hides that a turn about it goes down."""
+        if not self._softens:  # whatever mode was followed where the model did not know better
+            self.direction = self._given_way()
+            self.direction /= np.linalg.norm(self.direction)
+        beyond = self._moved(self.start.positions) >= FARTHEST and forces @ self.direction > DOWNHILL
+        if beyond:  # the top, back to which it goes in shorter steps
+            self._stride = max(0.5 * self._stride, SHORTEST_STEP)
+        if self._softens:  # one step of inverse iteration: what is stiff leads nowhere
             curvatures, vectors = self._curvatures(self.atoms, self._motions)
             self.direction = vectors @ (vectors.T @ self.direction / np.maximum(np.abs(curvatures), SOFTEST))
             self.direction /= np.linalg.norm(self.direction)
         across = self._motions - np.outer(self.direction, self.direction @ self._motions)
         left, sizes, _ = np.linalg.svd(across, full_matrices=False)
         curvatures, vectors = self._curvatures(self.atoms, left[:, sizes > 0.5])
-        relaxing = vectors @ (vectors.T @ forces / np.maximum(np.abs(curvatures), SOFTEST))
-        return LONGEST_STEP * _longest_one(self.direction).ravel() + _shortened(relaxing).ravel()
+        self.atoms.positions += (-1 if beyond else 1) * self._stride * longest_one(self.direction)
+        for _ in range(RELAXING):
+            forces = self.surface.forces([self.atoms])[1][0].ravel()
+            relaxing = vectors @ (vectors.T @ forces / np.maximum(np.abs(curvatures), SOFTEST))
+            self.atoms.positions += _shortened(relaxing)
 
     def _label(self, place: Atoms, reason: str, fmax: float, foreseen: float) -> SaddleLabel:
         before = self.surface.predict([self.start, place])
@@ -335,7 +393,7 @@ class GPSaddle:
     @staticmethod
     def _beside(atoms: Atoms, mode: np.ndarray) -> Atoms:
         place = atoms.copy()
-        place.positions += APART * _longest_one(mode)
+        place.positions += APART * longest_one(mode)
         return place
 
     # ---------------------------------------------------------------- what it comes to
@@ -373,9 +431,21 @@ class GPSaddle:
             atoms = self._beside(saddle, sign * mode)
             descend(atoms, self.surface, fmax, partial(self._is_unsure, atoms))
             self.oracle.reason = f"side {len(sides) + 1} of the saddle"
-            same = [minimum for minimum in (self.start, *sides) if distance(minimum, atoms) < SAME]
-            sides.append(same[0] if same else self._relaxed(atoms, fmax))
+            side = self._same_side(atoms, sides) or self._known_minimum(atoms) or self._relaxed(atoms, fmax)
+            sides.append(self._same_side(side, sides) or side)
         return tuple(sides)
+
+    def _same_side(self, atoms: Atoms, sides: Sequence[Atoms]) -> Atoms | None:
+        """The start or a side that is in this very place."""
+        return next((minimum for minimum in (self.start, *sides) if distance(minimum, atoms) < SAME), None)
+
+    def _known_minimum(self, atoms: Atoms) -> Atoms | None:
+        """These atoms with the energy of the minimum that they are, if it is known and the model is sure."""
+        if self._is_unsure(atoms) or (i := find_same(atoms, self.minima)) is None:
+            return None
+        side = atoms.copy()
+        side.calc = SinglePointCalculator(side, energy=self.minima[i].get_potential_energy())
+        return side
 
     def _is_unsure(self, atoms: Atoms) -> bool:
         return bool(self.surface.predict([atoms]).sigmas[0] > TRUST)
@@ -427,7 +497,7 @@ def _newton(forces: np.ndarray, curvatures: np.ndarray, vectors: np.ndarray, fol
     return vectors @ (vectors.T @ forces / stiffness)
 
 
-def _longest_one(vector: np.ndarray) -> np.ndarray:
+def longest_one(vector: np.ndarray) -> np.ndarray:
     """(atoms, 3) in which the atom that moves farthest moves by 1."""
     vectors = vector.reshape(-1, 3)
     return vectors / np.linalg.norm(vectors, axis=1).max()

@@ -30,10 +30,11 @@ class SharedLabels:
     data: tuple[bytes, ...]
 
     @staticmethod
-    def read(files: Sequence[Path], folder: Path, settings: str, start: Atoms) -> SharedLabels:
+    def read(files: Sequence[Path], folder: Path | None, settings: str, start: Atoms) -> SharedLabels:
         """From the copies in folder/taken, or where there are none from the files themselves, which stay as they are.
 
         Args:
+            folder: of a run that has labels; None for one that has none yet, whose copies, if any, a kill left half made.
             settings: hash of the oracle's settings (OracleRecipe.settings_hash).
 
         Raises:
@@ -43,8 +44,8 @@ class SharedLabels:
         data = []
         charge = float(structures_from_ase([start]).charges[0])
         for i, path in enumerate(files):
-            copy = _copy(folder, i)
-            source = copy if copy.exists() else path
+            copy = _copy(folder, i) if folder else None
+            source = copy if copy and copy.exists() else path
             if not source.is_file():
                 raise UserError(f"labels: {path}: there is no such file; give the labels.xyz of another run.")
             data.append(source.read_bytes())
@@ -56,11 +57,15 @@ class SharedLabels:
                 entries.setdefault(entry.key, entry)
         return SharedLabels(entries, tuple(data))
 
-    def keep(self, folder: Path) -> None:
-        """Copy the files. Raises UserError: the disk is full, or the folder cannot be written to."""
+    def keep(self, folder: Path, begun: bool) -> None:
+        """Copy the files; those that are there stay if the run has begun.
+
+        Raises:
+            UserError: the disk is full, or the folder cannot be written to.
+        """
         for i, data in enumerate(self.data):
             copy = _copy(folder, i)
-            if not copy.exists():
+            if not (begun and copy.exists()):
                 copy.parent.mkdir(exist_ok=True)
                 with atomic_write(copy) as file:
                     file.write(data)

@@ -1,0 +1,310 @@
+"""Explorations of reactions: motions of bonds, structures that are one, networks against the oracle, killed and resumed, and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+import yaml
+from ase import Atoms
+from ase.build import bulk, molecule
+from ase.calculators.emt import EMT
+from ase.constraints import FixAtoms, FixedLine
+from ase.optimize import BFGS
+from reaction_systems import gpmlp_command, slab
+
+import gpmlp
+from gpmlp.core.errors import UserError
+from gpmlp.learning.paths.motions import Motion, bond_changes, fragments, proposed_motions
+from gpmlp.learning.paths.network import NetworkLabel, Search
+from gpmlp.learning.paths.same import difference, find_same
+
+WAVE = '''
+import numpy as np
+from ase.calculators.calculator import Calculator
+
+
+class Wave(Calculator):
+    """Of two atoms: minima near 2 and 3.2 A, the saddle near 2.6 A, a wall below 1.6 A; no answer beyond `last`."""
+
+    implemented_properties = ["energy", "forces"]
+    last = 9.0
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=()):
+        super().calculate(atoms, properties, system_changes)
+        vector = self.atoms.positions[1] - self.atoms.positions[0]
+        d = np.linalg.norm(vector)
+        if d > self.last:
+            raise RuntimeError("too far apart")
+        phase = 2 * np.pi * (d - 2) / 1.2
+        wall, slope = np.exp(8 * (1.2 - d)), 0.3 * 2 * np.pi / 1.2 * np.sin(phase)
+        force = 8 * wall - slope + 0.05
+        self.results = {
+            "energy": 0.3 * (1 - np.cos(phase)) + wall - 0.05 * (d - 2),
+            "forces": np.array([-force * vector / d, force * vector / d]),
+        }
+
+
+class Short(Wave):
+    last = 2.75
+'''
+
+
+def dimer() -> Atoms:
+    return Atoms("H2", [[0, 0, 0], [2.0, 0, 0]], constraint=[FixAtoms([0]), FixedLine(1, [1, 0, 0])])
+
+
+@pytest.fixture(scope="module")
+def wave() -> dict:
+    found: dict = {}
+    exec(WAVE, found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def cluster() -> gpmlp.GPReactionNetwork:
+    """Four copper atoms: rhombus, and what it leads to."""
+    start = Atoms("Cu4", [[0, 0, 0], [2.3, 0, 0], [1.15, 2.0, 0], [3.45, 2.0, 0]])
+    network = gpmlp.GPReactionNetwork(start, EMT(), ["soft"])
+    network.run(calls=22)
+    return network
+
+
+# ---------------------------------------------------------------- motions and structures that are one
+
+
+def test_motions_of_ethanol():
+    """Turns about C-C and C-O, not about bonds to hydrogen; a hydrogen goes to what it is not bonded to, the nearest first."""
+    ethanol = molecule("CH3CH2OH")
+    assert fragments(ethanol) == "C2H6O"
+    turns = proposed_motions(ethanol, ["rotate"], range(9))
+    assert len(turns) == 4 and {m.kind for m in turns} == {"rotate"}
+    assert all("H" not in (ethanol.symbols[m.i], ethanol.symbols[m.j]) for m in turns)
+    transfers = proposed_motions(ethanol, ["transfer"], range(9))
+    assert transfers and all(ethanol.symbols[m.i] == "H" != ethanol.symbols[m.j] for m in transfers)
+    assert len(proposed_motions(ethanol, ["stretch"], range(9))) == 8
+    held = proposed_motions(ethanol, ["rotate", "transfer", "stretch"], [])
+    assert held == []
+
+
+def test_a_turn_changes_the_dihedral_and_no_bond():
+    """To first order: finite differences along the motion; the other way round the other way."""
+    ethanol = molecule("CH3CH2OH")
+    oxygen = ethanol.symbols.search("O")[0]
+    near = ethanol.get_distances(oxygen, range(9))
+    carbon = min(ethanol.symbols.search("C"), key=lambda i: near[i])
+    hydrogen = min(ethanol.symbols.search("H"), key=lambda i: near[i])
+    methyl = next(i for i in ethanol.symbols.search("C") if i != carbon)
+    for reverse in (False, True):
+        motion = Motion.of(ethanol, "rotate", carbon, oxygen, reverse)
+        moved = ethanol.copy()
+        moved.positions += 1e-4 * motion.vectors(ethanol)
+        turned = moved.get_dihedral(methyl, carbon, oxygen, hydrogen) - ethanol.get_dihedral(
+            methyl, carbon, oxygen, hydrogen
+        )
+        turned = (turned + 180) % 360 - 180
+        assert abs(turned) == pytest.approx(np.degrees(1e-4), rel=1e-3) and (turned > 0) != reverse
+        assert np.abs(moved.get_all_distances() - ethanol.get_all_distances())[oxygen, hydrogen] < 1e-7
+
+
+def test_bonds_that_change():
+    water = molecule("H2O")
+    apart = water.copy()
+    apart.positions[1] += [0, 4.0, 0]
+    assert bond_changes(water, water) == "" and bond_changes(water, apart) == "O0–H1 → none"
+    assert fragments(apart) == "H + HO"
+
+
+@pytest.mark.parametrize(
+    ("kind", "pair", "said"),
+    [
+        ("rotate", (0, 0), "two different atoms"),
+        ("rotate", (0, 99), "from 0 to 8"),
+        ("transfer", (0, 1), "are bonded already"),
+        ("stretch", (2, 8), "are not bonded"),
+        ("rotate", (0, 5), "nothing hangs on one of them"),
+    ],
+)
+def test_motions_that_are_none_are_refused(kind, pair, said):
+    ethanol = molecule("CH3CH2OH")
+    if said.startswith("nothing"):
+        pair = next(
+            (i, j)
+            for i in ethanol.symbols.search("C")
+            for j in ethanol.symbols.search("H")
+            if ethanol.get_distance(i, j) < 1.2
+        )
+    with pytest.raises(UserError, match=said):
+        Motion.of(ethanol, kind, *map(int, pair))
+
+
+def test_nothing_turns_in_a_ring_or_crystal():
+    benzene = molecule("C6H6")
+    carbons = sorted(range(6), key=lambda i: benzene.get_distance(0, i))
+    with pytest.raises(UserError, match="ring"):
+        Motion.of(benzene, "rotate", 0, carbons[1])
+    assert proposed_motions(bulk("Cu", cubic=True), ["rotate", "transfer"], range(4)) == []
+
+
+def test_structures_are_one_whatever_order_place_and_orientation():
+    ethanol, rng = molecule("CH3CH2OH"), np.random.default_rng(1)
+    other = ethanol[rng.permutation(9)]
+    other.rotate(50, [1, 2, 3])
+    other.positions *= [-1, 1, 1]
+    other.positions += 3.0
+    assert difference(ethanol, other) < 1e-9
+    moved = ethanol.copy()
+    moved.positions[3] += [0.0, 0.0, 0.4]
+    assert 0.1 < difference(ethanol, moved) <= 0.4 + 1e-9
+    assert difference(ethanol, molecule("CH3OCH3")) > 0.5
+    assert difference(ethanol, molecule("H2O")) == np.inf == difference(slab(), slab("bridge")[:-1])
+    hopped = slab()
+    hopped.positions[-1, 0] += hopped.cell[0, 0] / 2
+    assert difference(slab(), hopped) < 1e-9 < 0.1 < difference(slab(), slab("bridge"))
+
+
+def test_the_energy_tells_structures_apart(wave):
+    atoms = [dimer(), dimer()]
+    for a in atoms:
+        a.calc = wave["Wave"]()
+        a.get_forces()
+    energy = atoms[0].get_potential_energy()
+    assert find_same(atoms[0], atoms, energy) == 0 and find_same(atoms[0], atoms, energy + 0.1) is None
+    assert find_same(atoms[0], []) is None
+
+
+# ---------------------------------------------------------------- networks
+
+
+def test_network_against_the_oracle(cluster):
+    """BFGS on the oracle gets hardly below the minima, its forces vanish at the saddles, and barriers are differences of its energies."""
+    assert len(cluster.minima) >= 2 and cluster.reactions and cluster.calls <= 22
+    for minimum in cluster.minima:
+        below = minimum.atoms.copy()
+        below.calc = EMT()
+        assert minimum.atoms.get_potential_energy() == pytest.approx(below.get_potential_energy(), abs=1e-9)
+        BFGS(below, logfile=None).run(fmax=0.002)
+        lower = minimum.atoms.get_potential_energy() - below.get_potential_energy()
+        assert -1e-6 < lower < 0.005 and find_same(below, [minimum.atoms]) == 0
+    for reaction in cluster.reactions:
+        there = reaction.saddle.copy()
+        there.calc = EMT()
+        assert np.linalg.norm(there.get_forces(), axis=1).max() < 0.031 and len(reaction.imaginary) == 1
+        first, second = (cluster.minima[n - 1] for n in (reaction.first, reaction.second))
+        assert reaction.forward == pytest.approx(
+            there.get_potential_energy() - first.atoms.get_potential_energy(), abs=1e-9
+        )
+        assert reaction.forward - reaction.backward == pytest.approx(second.energy - first.energy, abs=1e-9)
+        low, high = reaction.interval
+        assert 0 < reaction.sigma < 0.02 and high - low == pytest.approx(2 * 1.645 * reaction.sigma)
+        assert find_same(reaction.end, [second.atoms]) == 0 == find_same(reaction.start, [first.atoms])
+
+
+def test_calls_are_never_more_than_may_be():
+    network = gpmlp.GPReactionNetwork(dimer(), EMT(), ["soft"])
+    assert network.run(calls=1) == "1 oracle calls were spent" and network.calls == 1
+
+
+def test_search_in_which_the_oracle_fails_is_given_up_and_the_exploration_goes_on(wave):
+    network = gpmlp.GPReactionNetwork(dimer(), wave["Short"](), ["soft"])
+    events = list(network.irun(calls=60, highest=1.0))
+    searches = [event for event in events if isinstance(event, Search)]
+    assert any("too far apart" in search.outcome for search in searches) and len(searches) >= 2
+    assert "every way" in network.ended and all(isinstance(e, (Search, NetworkLabel)) for e in events)
+
+
+def written_run(folder: Path) -> Path:
+    ase.io.write(folder / "start.xyz", dimer())
+    (folder / "wave.py").write_text(WAVE)
+    recipe = {
+        "start": "start.xyz",
+        "oracle": {"calculator": "wave:Wave", "executor": "inline", "check_every": 0, "check_forces": False},
+        "reactions": {"ways": ["soft"], "highest_eV": 1.0, "minima_at_most": 3},
+        "labels_at_most": 60,
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def test_exploration_killed_and_resumed_asks_for_the_same_labels(tmp_path):
+    """kill -9 while labels come; then --resume: labels, numbers and structures of a run that was never killed."""
+    folders = [written_run((tmp_path / name).mkdir() or tmp_path / name) for name in ("whole", "killed")]
+    whole = gpmlp_command(folders[0], "learn", "run.yaml")
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gpmlp", "learn", "run.yaml"], cwd=folders[1], stderr=subprocess.DEVNULL
+    )
+    labels, deadline = folders[1] / "network" / "labels.xyz", time.monotonic() + 120
+    while time.monotonic() < deadline and not (labels.exists() and labels.read_text().count("Properties") >= 5):
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = labels.read_bytes()
+    resumed = gpmlp_command(folders[1], "learn", "run.yaml", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert labels.read_bytes() == (folders[0] / "network/labels.xyz").read_bytes()
+    assert labels.read_bytes().startswith(before) and len(before) < len(labels.read_bytes())
+    for name in ("network.json", "minima.xyz", "saddles.xyz", "log.jsonl"):
+        assert (folders[0] / "network" / name).read_bytes() == (folders[1] / "network" / name).read_bytes()
+    numbers = json.loads((folders[0] / "network/network.json").read_text())
+    reaction = numbers["reactions"][0]
+    assert (reaction["from"], reaction["to"]) == (1, 2)
+    assert reaction["barrier_eV"] == pytest.approx(0.57, abs=0.02)
+    assert reaction["reverse_barrier_eV"] == pytest.approx(0.63, abs=0.02)
+    assert reaction["barrier_90_eV"][0] < reaction["barrier_eV"] < reaction["barrier_90_eV"][1]
+    keys = {frame.info["key"] for frame in ase.io.iread(labels, index=":")}
+    assert set(reaction["labels"]) <= keys and {m["label"] for m in numbers["minima"]} <= keys
+    assert numbers["oracle_calls"] == len(keys)
+    assert "1 → 2" in whole.stdout and "search 1: from minimum 1" in whole.stderr
+    page = (folders[0] / "network/network.html").read_text()
+    assert (
+        "1 → 2" in page
+        and f"{reaction['barrier_eV']:.3f}" in page
+        and "://" not in page.replace("http://www.w3.org", "")
+    )
+    again = gpmlp_command(folders[0], "learn", "run.yaml")
+    assert again.returncode == 2 and "holds a run already" in again.stderr
+
+
+def test_exploration_that_spent_its_calls_goes_on_with_more(tmp_path):
+    folder = written_run(tmp_path)
+    few = gpmlp_command(folder, "learn", "run.yaml", "--set", "labels_at_most=4")
+    assert few.returncode == 0 and "4 oracle calls were spent" in few.stdout
+    before = (folder / "network/labels.xyz").read_bytes()
+    more = gpmlp_command(folder, "learn", "run.yaml", "--resume")
+    assert more.returncode == 0, more.stderr
+    assert (folder / "network/labels.xyz").read_bytes().startswith(before) and "1 → 2" in more.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"dynamics": {"temperature_K": 300}}, "dynamics"),
+        ({"reactions": {"way": ["soft"]}}, "ways"),
+        ({"reactions": {"ways": ["sideways"]}}, "ways"),
+        ({"reactions": {"ways": []}}, "ways"),
+        ({"reactions": None}, "reactions"),
+        ({"reactions": {"highest_eV": -1}}, "highest_eV"),
+        ({"start": "two.xyz"}, "holds 2 structures"),
+        ({"fixed": [0, 1]}, "all 2 atoms are fixed"),
+        ({"labels": ["nowhere.xyz"]}, "there is no such file"),
+        ({"labels_at_most": 0}, "labels_at_most"),
+        ({"seeds": 3}, "seed"),
+    ],
+)
+def test_bad_recipes_are_refused_before_anything_is_written(tmp_path, change, said):
+    folder = written_run(tmp_path)
+    ase.io.write(folder / "two.xyz", [dimer(), dimer()])
+    recipe = yaml.safe_load((folder / "run.yaml").read_text())
+    (folder / "run.yaml").write_text(yaml.safe_dump({**recipe, **change}))
+    refused = gpmlp_command(folder, "learn", "run.yaml")
+    assert refused.returncode == 2 and said in refused.stderr and "Traceback" not in refused.stderr, refused.stderr
+    assert not (folder / "network").exists()
