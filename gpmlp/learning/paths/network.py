@@ -28,6 +28,7 @@ DEFAULT_WAYS: tuple[Name, ...] = ("rotate", "transfer", "soft", "uncertain")
 SOFT_MODES = 2  # of a minimum, both ways each
 NEAREST = 16  # labels that a search begins with: a fit of all of a long exploration would take minutes
 PER_SEARCH = 20  # labels, after which a search is given up
+OVER = 1.0  # eV; the way to a saddle may lead so much higher than it
 ALIKE = 0.05  # A; ways whose first steps differ by less are one by symmetry
 ONE_WAY = 0.8  # overlap with another way, of which a soft mode is no other one
 SOFTEST = 0.2  # eV/A^2; softer modes count as that stiff where forces are left
@@ -235,7 +236,7 @@ class GPReactionNetwork:
 
         Args:
             fmax, foreseen: of each search (GPSaddle.irun), eV/A and eV; fmax of relaxations too.
-            highest: above the start, eV, to which searches go and minima are explored.
+            highest: above the start, eV, to which minima are explored, and searches go, which on their way may be OVER higher.
 
         Raises:
             UserError: the start cannot be labelled or does not come to rest.
@@ -283,7 +284,7 @@ class GPReactionNetwork:
         )
         reaction = None
         try:
-            for label in search.irun(fmax, PER_SEARCH, foreseen, highest - minimum.energy):
+            for label in search.irun(fmax, PER_SEARCH, foreseen, highest + OVER - minimum.energy):
                 yield NetworkLabel(number, minimum.number, way.name, oracle.spent, label)
             reaction, outcome = self._outcome(search, number)
         except SearchError as error:
