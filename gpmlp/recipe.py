@@ -121,7 +121,8 @@ WordOrCount = Annotated[
     Annotated[Count, Tag("number")] | Annotated[Literal["all"], Tag("word")], Discriminator(_word_or_number)
 ]
 Functionals = Annotated[
-    Annotated[Count, Tag("number")] | Annotated[Literal["all", "auto"], Tag("word")], Discriminator(_word_or_number)
+    Annotated[Count, Tag("number")] | Annotated[Literal["all", "auto", "none"], Tag("word")],
+    Discriminator(_word_or_number),
 ]
 
 
@@ -213,7 +214,8 @@ class NetworkRecipe(NetworkName):
 
 
 class DescriptorRecipe(RecipeSection):
-    """One descriptor; lengths in A. beside: features of a network beside its own, as one descriptor."""
+    """One descriptor; lengths in A. four_body: 'auto' where the evidence asks for them, which a fit does that is not told. beside: features
+    of a network beside its own, as one descriptor."""
 
     name: Literal["soap", "dscribe-soap", "dscribe-acsf"] = "soap"
     cutoff: Annotated[Positive, _within(SHORTEST, LONGEST)] | None = None
@@ -228,7 +230,7 @@ class DescriptorRecipe(RecipeSection):
     central_weight: Annotated[float, Field(ge=0, le=1e4)] = 1.0
     shortest: Length | None = None
     compression: Annotated[CompressionRecipe | Literal[False], BeforeValidator(_section_if_true)] = False
-    four_body: Annotated[FourBodyRecipe | Literal[False], BeforeValidator(_section_if_true)] = False
+    four_body: Annotated[FourBodyRecipe | Literal["auto", False] | None, BeforeValidator(_section_if_true)] = None
     beside: NetworkRecipe | Literal[False] = False
 
     @model_validator(mode="after")
@@ -237,7 +239,8 @@ class DescriptorRecipe(RecipeSection):
             raise ValueError(f"four_body needs the descriptor soap; {self.name} has no density to take channels from")
         if self.compression and self.name != "soap":
             raise ValueError(f"compression needs the descriptor soap; {self.name} has no density to compress")
-        if self.four_body and self.l_max is not None and (self.four_body.l_max or 2) > self.l_max:
+        given = self.four_body if isinstance(self.four_body, FourBodyRecipe) else None
+        if given and self.l_max is not None and (given.l_max or 2) > self.l_max:
             raise ValueError(
                 f"four_body.l_max must be 2 or more, and not above the l_max of the descriptor, {self.l_max}"
             )
@@ -300,17 +303,18 @@ class KernelRecipe(RecipeSection):
 class InducingRecipe(RecipeSection):
     """Inducing variables: n centres of each descriptor, each with its value and up to `gradients` directional derivatives; or functionals
     of the data themselves (energies, internal forces, stresses), 'all' or those of as many structures at random as have that number. With
-    all of them the centres are for variances. 'auto': all where they pay and can be had, else none."""
+    all of them the centres are for variances. 'auto': all where they pay and can be had, else none; so does a fit that is told nothing of
+    inducing variables."""
 
     method: Literal["greedy", "farthest", "cur", "random"] = "greedy"
     n: Count | None = None
     gradients: Annotated[int, Field(ge=0, le=300)] | None = None
     shares: Literal["species", "total"] | Annotated[BySymbol[Count], AfterValidator(_not_empty)] = "species"
-    functionals: Annotated[Functionals | None, BeforeValidator(lambda v: None if v == "none" else v)] = None
+    functionals: Functionals | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> InducingRecipe:
-        if self.functionals not in (None, "all") and (
+        if self.functionals not in (None, "none", "all") and (
             others := {"n", "gradients", "shares", "method"} & self.model_fields_set
         ):
             given = next(

@@ -16,7 +16,11 @@ from gpmlp.gp.exact import ExactProcess
 from gpmlp.gp.likelihood import Hyperparameters, StdPrior
 from gpmlp.recipe import Recipe
 
-SMALL = {"descriptor": {"n_max": 4, "l_max": 3, "cutoff": 4.0}, "mean": "exact", "inducing": {"functionals": "all"}}
+SMALL = {
+    "descriptor": {"n_max": 4, "l_max": 3, "cutoff": 4.0, "four_body": False},
+    "mean": "exact",
+    "inducing": {"functionals": "all"},
+}
 NOISE = {"energies": 0.02, "forces": 0.3}
 
 

@@ -34,10 +34,11 @@ from gpmlp.core.structures import Structures
 from gpmlp.descriptors import learn_descriptor, make_descriptor
 from gpmlp.descriptors.backends import FourBodySoap
 from gpmlp.descriptors.four_body import couplings
-from gpmlp.fitting import defaults, four_body_weight, prepare
+from gpmlp.fitting import defaults, four_body_choice, prepare
 from gpmlp.fitting.fit import fit
 from gpmlp.io import archive, ase_atoms
 from gpmlp.native import library
+from gpmlp.potential import baselines
 from gpmlp.potential.compiled import build_calibration, build_novelty, build_variances, compile_mean
 from gpmlp.potential.potential import Potential
 from gpmlp.recipe import DescriptorRecipe, FourBodyRecipe, Recipe
@@ -311,16 +312,50 @@ def test_a_weight_that_is_left_open_is_that_of_the_largest_evidence(monkeypatch)
         Recipe.model_validate(SMALL | {"descriptor": FOUR_BODY | {"four_body": {"channels": 3, "weight": None}}}),
     )
     values = {0.03: 5.0, 0.1: 2.0, 0.3: 3.0}
-    recipe, base, _ = prepare.set_up(*data, asked)
+    recipe, base, *_ = prepare.set_up(*data, asked)
     remaining = prepare.subtract_baselines(*data, base)
-    chosen = four_body_weight.with_weights(recipe, data[0], remaining)
+    chosen, said = four_body_choice.settle(recipe, data[0], remaining)
+    assert not said
     assert chosen.descriptors[0].four_body.weight in values
     monkeypatch.setattr(
-        four_body_weight, "_negative_log_evidence", lambda r, *_: values[r.descriptors[0].four_body.weight]
+        four_body_choice, "_negative_log_evidence", lambda r, *_: values[r.descriptors[0].four_body.weight]
     )
     potential, _ = fit(*data, asked)
     assert potential.recipe.descriptors[0].four_body.weight == 0.1
     assert potential.terms[0].descriptor.four_body.weight == 0.1
+
+
+def chosen(
+    structures: Structures, targets: Targets, growing: bool = False, **changes
+) -> tuple[FourBodyRecipe | bool, str]:
+    """Four-body section of the recipe of a fit that leaves them open, or of a learning run, and what is said of the choice."""
+    asked = Recipe.model_validate({"descriptor": {k: v for k, v in FOUR_BODY.items() if k != "four_body"}} | changes)
+    recipe, base, *_ = prepare.set_up(structures, targets, asked, growing)
+    remaining = prepare.subtract_baselines(structures, targets, base)
+    full, said = four_body_choice.settle(recipe, structures, remaining, growing)
+    return full.descriptors[0].four_body, said
+
+
+def test_molecules_have_them_where_the_evidence_of_the_exact_process_rises():
+    structures, targets = labelled(range(12))
+    section, said = chosen(structures, targets)
+    assert isinstance(section, FourBodyRecipe) and said.startswith("four-body invariants: the evidence of ")
+    # an energy of pairs, which the power spectrum has
+    pairs = baselines.ZBL(
+        {(a, b): 0.3 for a in (1, 6, 8) for b in (1, 6, 8)}, {(a, b): 3.0 for a in (1, 6, 8) for b in (1, 6, 8)}
+    )
+    section, said = chosen(structures, targets_of(structures, pairs(structures)), baseline={"zbl": False})
+    assert section is False and said.startswith("no four-body invariants: ")
+
+
+def test_nothing_is_asked_where_centres_limit_the_mean_or_labels_are_to_come():
+    structures, targets = labelled(range(6))
+    assert chosen(structures, targets, inducing={"n": 5}) == (False, "")
+    assert chosen(structures, targets, growing=True) == (False, "")
+    solid = replace(
+        structures, cells=20 * torch.eye(3).double().expand(6, 3, 3), periodic=torch.ones(6, 3, dtype=torch.bool)
+    )
+    assert chosen(solid, targets) == (False, "")
 
 
 # recipe ---------------------------------------------------------------------------------------------------------------------
@@ -352,6 +387,8 @@ def test_what_a_recipe_leaves_open_is_filled_in():
         section = DescriptorRecipe(four_body=given, n_max=n_max)
         found = defaults._descriptor(section, summary, 1).four_body
         assert found == FourBodyRecipe(channels=expected[0], l_max=expected[1], weight=expected[2])
-    assert DescriptorRecipe().four_body is False
+    assert defaults._descriptor(DescriptorRecipe(), summary, 1).four_body is False
+    for l_max, expected in ((None, "auto"), (1, False)):
+        assert defaults._descriptor(DescriptorRecipe(four_body="auto", l_max=l_max), summary, 1).four_body == expected
     with pytest.raises(UserError, match="four_body.l_max 5 is above the l_max of the descriptor, 4"):
         defaults._descriptor(DescriptorRecipe(four_body={"l_max": 5}), summary, 2)

@@ -13,7 +13,7 @@ import gpmlp
 from gpmlp.core.errors import UserError
 from gpmlp.core.structures import Structures
 from gpmlp.engines.ase import GPCalculator
-from gpmlp.fitting import left_out, prepare, regression
+from gpmlp.fitting import cost, left_out, prepare, regression
 from gpmlp.gp import covariances, inducing
 from gpmlp.gp.functionals import FunctionalBlock
 from gpmlp.gp.posterior import FIXED
@@ -195,10 +195,51 @@ def test_auto_is_all_of_molecules_where_they_can_be_had(ethanol):
         chosen(part, labels, memory_GB=1e-5),
     ):
         assert i.functionals is None
-    assert chosen(solid, known) == prepare.set_up(solid, known, Recipe.model_validate(SMALL))[0].inducings[0]
-    assert validate_recipe({"inducing": {"functionals": "none"}}) == validate_recipe(
-        {"inducing": {"functionals": None}}
+    without = {"inducing": {"functionals": "none"}}
+    assert chosen(solid, known) == prepare.set_up(solid, known, Recipe.model_validate(SMALL | without))[0].inducings[0]
+
+
+def test_a_fit_that_is_told_nothing_of_inducing_variables_is_exact_where_it_can_be(ethanol):
+    """And says so; a learning run that is not told, and whoever says something of centres, has centres."""
+    structures, targets = ethanol[0].select(range(8, 14)), ethanol[1].select(ethanol[0], range(8, 14))
+
+    def found(growing=False, **changes):
+        made = prepare.set_up(structures, targets, Recipe.model_validate(SMALL | changes), growing)
+        return made.recipe.inducings[0].functionals, made.choice
+
+    assert found() == ("all", "all functionals of the data: the exact process")
+    for changes in ({"inducing": {"n": 8}}, {"inducing": {"gradients": 1}}, {"inducing": {"functionals": "none"}}):
+        assert found(**changes) == (None, "")
+    assert found(growing=True) == (None, "")
+    assert found(growing=True, inducing={"functionals": "none"}) == (None, "")
+    for changes, why in (
+        ({"kernel": {"zeta": 4}}, "of this kernel a prediction would cost more with each structure"),
+        ({"memory_GB": 1e-5}, "where memory_GB is 1e-05"),
+        ({"long_range": {"charges": "local"}}, "no columns for charges"),
+    ):
+        functionals, said = found(**changes)
+        assert functionals is None and said.startswith("centres, not all functionals of the data") and why in said
+    _, report = gpmlp.fit(structures, targets, Recipe.model_validate(SMALL | {"novelty": False}))
+    assert report.choices[0] == "all functionals of the data: the exact process" and report.rank == report.columns
+    assert report.choices[1].endswith(" nats each with them, and 0.03 or more is asked for")
+
+
+def test_a_long_fit_has_all_functionals_where_centres_would_take_longer_still(ethanol, monkeypatch):
+    structures, targets = ethanol[0].select(range(8, 14)), ethanol[1].select(ethanol[0], range(8, 14))
+    seconds = {"all": 4000.0, None: 5000.0}
+    expected = cost.expected_cost
+    monkeypatch.setattr(
+        cost,
+        "expected_cost",
+        lambda recipe, *data: replace(expected(recipe, *data), seconds=seconds[recipe.inducings[0].functionals]),
     )
+
+    def found():
+        return prepare.set_up(structures, targets, Recipe.model_validate(SMALL))
+
+    assert found().recipe.inducings[0].functionals == "all"
+    seconds[None] = 3000.0
+    assert found().recipe.inducings[0].functionals is None and "a fit would take 67 min" in found().choice
 
 
 def test_two_descriptors_with_functionals_of_one(ethanol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import json
 import math
 import re
 import shutil
@@ -248,6 +249,20 @@ def test_what_may_change(finished, tmp_path):
     oracle = {"workers": 2, "executor": "processes", "timeout_s": 99.0, "retries": 2, "at_most_failures": 9}
     last = finish(recipe(**short, oracle=oracle, stop={"at_least_steps": 7}, thin=5), tmp_path, resume=True)
     assert last.phase == "stopped"
+
+
+def test_a_run_goes_on_whose_recipe_says_what_it_now_leaves_open(tmp_path):
+    """Runs of versions in which a fit that is told nothing of four-body invariants had none."""
+    short = {"dynamics": {"steps": 10, "ramp_steps": 10}}
+    finish(recipe(**short), prepare(tmp_path))
+    path = tmp_path / "out" / "recipe.json"
+    before = json.loads(path.read_text())
+    assert before["model"]["descriptor"]["four_body"] is None
+    before["model"]["descriptor"]["four_body"] = False
+    path.write_text(json.dumps(before))
+    assert finish(recipe(**short), tmp_path, resume=True).phase == "stopped"
+    with pytest.raises(UserError, match="model.descriptor.four_body = False, the recipe says 'auto'"):
+        finish(recipe(**short, model={"descriptor": {"four_body": "auto"}}), tmp_path, resume=True)
 
 
 def test_two_at_a_time_are_refused(tmp_path):

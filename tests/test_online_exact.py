@@ -21,7 +21,7 @@ from gpmlp.recipe import Recipe
 
 DATA = Path(__file__).parents[1] / "data" / "ethanol"
 SMALL = {
-    "descriptor": {"n_max": 3, "l_max": 2, "cutoff": 4.0},
+    "descriptor": {"n_max": 3, "l_max": 2, "cutoff": 4.0, "four_body": False},
     "inducing": {"functionals": "all"},
     "baseline": {"isolated_atoms": {"H": -13.0, "C": -1030.0, "O": -2043.0}},
 }
@@ -197,7 +197,7 @@ def test_a_refresh_learns_relative_signals_again(data):
     new = fresh.models[0].exact
     assert old.block.relative == first.models[0].exact.block.relative and new.first == 16
     order = Targets.concatenate([b.remaining for b in online.batches]).select(online.structures, list(new.of))
-    relative, start = exact_model.first_evidence(online.recipe, 0, online.models[0].kernel, old.block, order)
+    relative, start, _ = exact_model.first_evidence(online.recipe, 0, online.models[0].kernel, old.block, order)
     assert new.block.relative == relative and new.start == start
     assert max(abs(relative[z] / old.block.relative[z] - 1) for z in relative) > 0.1
     assert difference(fresh.potential, refit(fresh), part(data, [30])[0]) < 1e-8

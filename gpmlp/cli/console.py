@@ -267,6 +267,7 @@ def fit_summary(report: Mapping[str, Any]) -> Table:
         ("observations", format_rows(report["rows"])),
         ("environments", ", ".join(f"{n} {z}" for z, n in report["environments"].items())),
         ("inducing", ", ".join(f"{n} {label}" for label, n in report["centres"].items())),
+        *(("chosen", said) for said in report.get("choices", ())),
         (
             "columns",
             f"{report['columns']}, rank {report['rank']}, condition {report['condition']:.1e}, jitter {report['jitter']:.0e}",
@@ -393,6 +394,7 @@ def model_summary(content: Mapping[str, Any], symbols: Sequence[str]) -> Table:
         *([("calibrated on", calibration_source(aside))] if aside else []),
         ("mean", means_of(header)),
         *told_of_charges(header.get("report") or {}),
+        *(("chosen", said) for said in (header.get("report") or {}).get("choices", ())),
         ("made", f"{created}by gpmlp {content['version']}, format {content['format']}"),
         ("units", content["units"]),
         *said_of_fit(header.get("report", {})),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -156,6 +157,11 @@ def _local(d: DescriptorRecipe, summary: DataSummary, n_species: int) -> Descrip
             exponent=3.0 if scaling.exponent is None else scaling.exponent,
         )
     n_max, l_max = d.n_max or (8 if n_species == 1 else 6), (6 if n_species == 1 else 4) if d.l_max is None else d.l_max
+    four_body: FourBodyRecipe | Literal["auto", False] = d.four_body or False
+    if isinstance(four_body, FourBodyRecipe):
+        four_body = full_four_body(four_body, l_max, n_species * n_max)
+    elif l_max < 2:  # there are none, and the evidence has no choice
+        four_body = False
     return d.model_copy(
         update={
             "cutoff": cutoff,
@@ -165,7 +171,7 @@ def _local(d: DescriptorRecipe, summary: DataSummary, n_species: int) -> Descrip
             and CompressionRecipe(
                 channels=min(d.compression.channels or CHANNELS_PER_SPECIES * n_species, n_species * n_max)
             ),
-            "four_body": d.four_body and _four_body(d.four_body, l_max, n_species * n_max),
+            "four_body": four_body,
             "sigma_atom": d.sigma_atom or 0.4,
             "basis": d.basis or ("optimal" if n_species == 1 else "gto"),
             "radial_scaling": scaling,
@@ -176,7 +182,8 @@ def _local(d: DescriptorRecipe, summary: DataSummary, n_species: int) -> Descrip
     )
 
 
-def _four_body(f: FourBodyRecipe, l_max: int, channels: int) -> FourBodyRecipe:
+def full_four_body(f: FourBodyRecipe, l_max: int, channels: int) -> FourBodyRecipe:
+    """With what it leaves open, for a density of so many channels up to l_max. Raises UserError: it asks for a higher degree."""
     if (f.l_max or 2) > l_max:
         raise UserError(f"four_body.l_max {f.l_max or 2} is above the l_max of the descriptor, {l_max}.")
     return f.model_copy(
@@ -221,8 +228,9 @@ def _inducing(
 ) -> InducingRecipe:
     """As many columns as memory, data and time allow, shared by centres and their gradients; of functionals as many as asked for. With all
     functionals centres are for variances alone, which have at most so many columns."""
-    if i.functionals not in (None, "all"):
+    if i.functionals not in (None, "none", "all"):
         return i
+    i = i.model_copy(update={"functionals": None}) if i.functionals == "none" else i
     columns = min(affordable_columns(budget), columns_for(summary.n_labels, summary.periodic))
     if i.functionals:
         columns = min(columns, for_variances)

@@ -91,7 +91,7 @@ class ExactModel:
         unit = dict.fromkeys(structures.distinct_species, 1.0)
         make = FunctionalBlock.with_all_directions if growing else FunctionalBlock.make
         block = make(descriptor, structures, [maps[i] for i in order.tolist()], unit)
-        relative, noise = first_evidence(recipe, 0, kernel, block, targets)
+        relative, noise, _ = first_evidence(recipe, 0, kernel, block, targets)
         block, note = block.of_species(relative), f"covariances of {block.n_columns} functionals"
         half = block.lower_K_uu(kernel, lambda done, total: report(done, total, note))
         process = functional_labels(structures, targets, block.maps).process(half)
@@ -127,7 +127,7 @@ class ExactModel:
         if self.first == first_structures(self.block):
             return self
         structures = self.block.structures
-        relative, noise = first_evidence(recipe, 0, kernel, self.block, targets)
+        relative, noise, _ = first_evidence(recipe, 0, kernel, self.block, targets)
         block = self.block.of_species(relative)
         process = functional_labels(structures, targets, block.maps).process(block.lower_K_uu(kernel))
         return ExactModel(block, process, self.of, noise, first_structures(block))
@@ -198,10 +198,19 @@ def first_structures(block: FunctionalBlock) -> int:
     return max(1, sum(start <= FIRST for start in block.starts[1:]))
 
 
+class FirstEvidence(NamedTuple):
+    """What the functionals of the first structures say alone: signal of local energies of each species, eV; noise by kind; and minus the
+    log evidence, less the log prior of these, nats."""
+
+    signal: dict[int, float]
+    noise: dict[str, float]
+    negative_log: float
+
+
 def first_evidence(
     recipe: Recipe, k: int, kernel: ZonalKernel, block: FunctionalBlock, targets: Targets
-) -> tuple[dict[int, float], dict[str, float]]:
-    """Signal of local energies of each species, eV, and noise by kind, by evidence of the functionals of the first structures alone."""
+) -> FirstEvidence:
+    """By the evidence of the dense process, hyperparameters of descriptor k learned."""
     few = block.select(torch.arange(block.starts[first_structures(block)]))
     structures, maps = few.structures, few.maps
     labels = targets.select(block.structures, range(len(structures)))
@@ -214,11 +223,10 @@ def first_evidence(
     data = DenseData(tuple(c[known][:, known] for c in every), shown.values, rows, shown.scale, own_variance)
     own = recipe.model_copy(update={"descriptor": recipe.descriptors[k], "signal": recipe.signals[k]})
     parameters = hyperparameters.make_hyperparameters(own, list(rows), [(0, z) for z in species])
-    if len(data.values):
-        data.maximise(parameters)
+    negative_log = data.maximise(parameters).negative_log_evidence if len(data.values) else 0.0
     found = dict(zip(species, parameters.signal().tolist(), strict=True))
     typical = sum(found.values()) / len(found)
-    return {z: found.get(z, typical) for z in block.relative}, parameters.noise()
+    return FirstEvidence({z: found.get(z, typical) for z in block.relative}, parameters.noise(), negative_log)
 
 
 def functional_labels(structures: Structures, targets: Targets, maps: Sequence[Tensor]) -> FunctionalLabels:

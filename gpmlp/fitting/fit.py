@@ -23,7 +23,7 @@ from gpmlp.fitting import (
     charge_fit,
     defaults,
     energy_zeros,
-    four_body_weight,
+    four_body_choice,
     inducing_sets,
     label_outliers,
     left_out,
@@ -177,6 +177,7 @@ def _fit_once(
         held_out=potential.calibration.source.get("held_out_structures", 0),
         variance_subset=subset,
         charges=charges,
+        choices=data.choices,
         **cheaper,
         validation_errors=errors,
         stages=tuple(stages.done),
@@ -238,6 +239,7 @@ class _Data:
         findings: of reading and checking the labels.
         labels: those that can be right, and energies of failed calculations with a large noise.
         partitions: of the structures with what remains of their labels.
+        choices: see FitReport.
         charges: whose electrostatics were subtracted as well; None where there are none.
     """
 
@@ -253,6 +255,7 @@ class _Data:
     findings: tuple[Finding, ...]
     labels: Targets
     partitions: Partitions
+    choices: tuple[str, ...]
     charges: ChargeModel | None = None
 
     @property
@@ -269,9 +272,10 @@ class _Data:
         findings = sort_findings([*findings, *prepare.check_labels(structures, targets, recipe)])
         trusted = prepare.trusted_labels(structures, targets, recipe)
         learned = prepare.with_failed_energies(trusted, structures, targets)
-        recipe, base, summary = prepare.set_up(structures, trusted, recipe)
+        recipe, base, summary, inducing_choice = prepare.set_up(structures, trusted, recipe)
         remaining = prepare.subtract_baselines(structures, learned, base)
-        recipe = four_body_weight.with_weights(recipe, structures, remaining)
+        recipe, four_body = four_body_choice.settle(recipe, structures, remaining)
+        choices = tuple(said for said in (inducing_choice, four_body) if said)
         shortest = {f"{chemical_symbol(a)}-{chemical_symbol(b)}": r for (a, b), r in summary.shortest.items()}
         given = prepare.labels_noise(trusted)
         shown = [force_label_noise(structures, trusted), given.get("forces", math.nan)]
@@ -286,7 +290,7 @@ class _Data:
         twins = groups.finding(structures)
         findings = sort_findings([*findings, *([twins] if twins else [])])
         known = recipe, structures, trusted, remaining, base, shortest, noise, given, groups, findings, learned
-        return _Data(*known, partitions)
+        return _Data(*known, partitions, choices)
 
 
 def _with_charges(

@@ -116,7 +116,7 @@ def _functional_model(
     species = structures.distinct_species
     block = FunctionalBlock.make(descriptor, structures, maps, dict.fromkeys(species, 1.0))
     if len(species) > 1:
-        block = block.of_species(exact_model.first_evidence(recipe, k, kernel, block, labels)[0])
+        block = block.of_species(exact_model.first_evidence(recipe, k, kernel, block, labels).signal)
     note = f"covariances of {block.n_columns} functionals"
     half, of = block.lower_K_uu(kernel, lambda done, total: report(done, total, note)), tuple(chosen.tolist())
     columns, lower, jitter, whitened = _independent(half, inducing.rank_tolerance(like))

@@ -21,7 +21,7 @@ from gpmlp.fitting import (
     calibrate,
     charge_fit,
     exact_model,
-    four_body_weight,
+    four_body_choice,
     inducing_sets,
     left_out,
     online_updates,
@@ -113,7 +113,7 @@ class OnlineFit:
         asked = Recipe() if recipe is None else recipe
         if torch.device(asked.device).type != "cpu":
             raise errors.UserError(f"An online model is updated on the CPU; leave out `device: {asked.device}`.")
-        if any(i.functionals not in (None, "auto", "all") for i in asked.inducings):
+        if any(i.functionals not in (None, "none", "auto", "all") for i in asked.inducings):
             raise errors.UserError(
                 "An online model has centres as inducing variables, to which new ones can be added, or all functionals: leave out "
                 "`inducing.functionals`, or give `all`."
@@ -568,12 +568,12 @@ def _without_noises(asked: Recipe, parts: Sequence[tuple[Structures, Targets]]) 
     targets = Targets.concatenate([t for _, t in parts])
     hyperparameters.check_species(asked, structures)
     wanted, why = prepare.affordable_functionals(asked, structures, targets)
-    recipe, base, _ = prepare.set_up(structures, targets, wanted.model_copy(update={"mean": "exact"}), growing=True)
-    recipe = four_body_weight.with_weights(recipe, structures, prepare.subtract_baselines(structures, targets, base))
-    pieces, remaining = (
-        list(chunk_structures(structures, CHUNK_ATOMS)),
+    recipe, base, *_ = prepare.set_up(structures, targets, wanted.model_copy(update={"mean": "exact"}), growing=True)
+    remaining, pieces = (
         prepare.subtract_baselines(structures, targets, base),
+        [*chunk_structures(structures, CHUNK_ATOMS)],
     )
+    recipe, _ = four_body_choice.settle(recipe, structures, remaining, growing=True)
     models, _ = inducing_sets.make_models(
         recipe,
         structures,

@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -19,6 +19,7 @@ from gpmlp.descriptors.networks import find_network
 from gpmlp.fitting import charge_fit, cost, defaults, exact_model
 from gpmlp.gp import hyperparameters
 from gpmlp.gp.hyperparameters import NOISE_FIELDS
+from gpmlp.gp.kernels import make_kernel
 from gpmlp.io.label_checks import outliers, totals
 from gpmlp.io.label_checks import stage as label_checks
 from gpmlp.potential import baselines
@@ -26,7 +27,7 @@ from gpmlp.potential.baseline import Baseline
 from gpmlp.potential.calculator_energies import CalculatorEnergies
 from gpmlp.potential.charges import ChargeModel
 from gpmlp.potential.dispersion import D3Dispersion, R6Tail
-from gpmlp.recipe import NARROWEST, R6_OFF, R6Recipe, Recipe
+from gpmlp.recipe import NARROWEST, R6_OFF, DescriptorRecipe, InducingRecipe, R6Recipe, Recipe
 
 ISOLATED_NOISE = 1e-3  # eV
 MOST_FUNCTIONALS = (
@@ -96,22 +97,68 @@ def _with_config_noise(targets: Targets, structures: Structures, recipe: Recipe,
     return replace(targets, **values)
 
 
-def set_up(
-    structures: Structures, targets: Targets, recipe: Recipe, growing: bool = False
-) -> tuple[Recipe, tuple[Baseline, ...], defaults.DataSummary]:
-    """The recipe filled in from the data, the baselines, and the summary that both come from.
+class SetUp(NamedTuple):
+    """What follows from the data before anything is learned.
+
+    Attributes:
+        recipe: filled in; baselines; summary: that both come from.
+        choice: what inducing variables are, and why, where the recipe left that open.
+    """
+
+    recipe: Recipe
+    baselines: tuple[Baseline, ...]
+    summary: defaults.DataSummary
+    choice: str
+
+
+def set_up(structures: Structures, targets: Targets, recipe: Recipe, growing: bool = False) -> SetUp:
+    """The recipe filled in from the data, and the baselines.
 
     Args:
         growing: see defaults.resolve_recipe.
     """
     summary = defaults.summarise_data(structures, targets)
-    every = with_functionals(recipe, "all")
-    full = defaults.resolve_recipe(every, summary, len(structures.distinct_species), growing)
-    charged = charge_fit.reason_to_try(structures, full)  # which functionals leave no columns for
-    if every is not recipe and (summary.periodic or charged or cost.why_not_all(full, structures, targets)):
-        recipe = with_functionals(recipe, None)
-        full = defaults.resolve_recipe(recipe, summary, len(structures.distinct_species), growing)
-    return full, make_baselines(structures, targets, full, summary), summary
+    recipe = recipe if growing else with_open_choices(recipe, summary.periodic)
+    full, choice = _filled_in(structures, targets, recipe, summary, growing)
+    return SetUp(full, make_baselines(structures, targets, full, summary), summary, choice)
+
+
+def _filled_in(
+    structures: Structures, targets: Targets, recipe: Recipe, summary: defaults.DataSummary, growing: bool
+) -> tuple[Recipe, str]:
+    """With all functionals of the data where `auto` finds nothing that stands in their way; and what it chose."""
+    every, n_species = with_functionals(recipe, "all"), len(structures.distinct_species)
+    full = defaults.resolve_recipe(every, summary, n_species, growing)
+    if every is recipe:
+        return full, ""
+    few = defaults.resolve_recipe(with_functionals(recipe, None), summary, n_species, growing)
+    if summary.periodic:
+        why = "most structures are periodic"
+    elif charge_fit.reason_to_try(structures, full):
+        why = "they leave no columns for charges"
+    elif any(make_kernel(k).quadratic is None for k in full.kernels):
+        why = "of this kernel a prediction would cost more with each structure"
+    else:
+        why = cost.why_not_all(full, few, structures, targets)
+    if why:
+        return few, f"centres, not all functionals of the data: {why}"
+    return full, "all functionals of the data: the exact process"
+
+
+def with_open_choices(recipe: Recipe, periodic: bool) -> Recipe:
+    """The recipe with `auto` where it says nothing of inducing variables or, of molecules, of four-body invariants; networks have defaults
+    of their own."""
+    local = all(isinstance(d, DescriptorRecipe) and not d.beside for d in recipe.descriptors)
+    if local and all(i == InducingRecipe() for i in recipe.inducings):
+        opened = tuple(i.model_copy(update={"functionals": "auto"}) for i in recipe.inducings)
+        recipe = recipe.model_copy(update={"inducing": opened})
+    if periodic:
+        return recipe
+    descriptors = (
+        d.model_copy(update={"four_body": "auto"}) if d.name == "soap" and d.four_body is None else d
+        for d in recipe.descriptors
+    )
+    return recipe.model_copy(update={"descriptor": tuple(descriptors)})
 
 
 def with_functionals(recipe: Recipe, chosen: Literal["all"] | None) -> Recipe:
@@ -128,7 +175,7 @@ def affordable_functionals(asked: Recipe, structures: Structures, targets: Targe
     if solids or asked.long_range.charges != "off":  # all functionals leave no columns for charges
         asked = with_functionals(asked, None)
     asked = with_functionals(asked, "all")
-    if asked.inducings[0].functionals is None:
+    if asked.inducings[0].functionals in (None, "none"):
         return asked, ""
     why, n = exact_model.why_not_exact(asked, structures, targets), int(cost.functionals_of(structures).sum())
     needed, budget = 8e-9 * ONLINE_MATRICES * n**2, asked.memory_GB or defaults.memory_budget_GB()

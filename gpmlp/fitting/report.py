@@ -36,6 +36,7 @@ class FitReport:
         low_rank: of a mean of low rank, its rank and what it changes (low_rank.with_low_rank); None where the mean is exact.
         charges: of charges that were tried, whether they were kept, their form, what the evidence says of each, and a sentence
             (charge_fit.FittedCharges.report); a sentence that says why where `auto` did not try them; None where they are off.
+        choices: of inducing variables and of four-body invariants, where the recipe left them open: a sentence each, with its reason.
         columns: inducing variables asked for; rank: those that are linearly independent.
         condition: of the posterior factor; jitter: largest added to a covariance of inducing variables.
         negative_log_evidence: of the posterior's columns, nats, priors of the hyperparameters included.
@@ -70,6 +71,7 @@ class FitReport:
     validation_errors: ErrorTable | None
     stages: tuple[tuple[str, float, float], ...]
     charges: dict[str, Any] | None = None
+    choices: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
     warnings: tuple[str, ...] = ()
 

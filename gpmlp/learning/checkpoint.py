@@ -37,6 +37,7 @@ HOW = (
     *("executor_options", "directory", "keep", "check_forces", "largest_force", "largest_net_force", "check_every"),
     "kwargs.command",
 )
+LEFT_OPEN = {"four_body": False, "functionals": "none"}  # of a model that is updated
 MAY_CHANGE = (
     "stop.",
     "thin",
@@ -286,7 +287,7 @@ def _check_same_run(before: dict, now: dict, folder: Path) -> None:
             f"{folder}: {engines[0]} moves the atoms of the run there, and {engines[1]} would with this recipe; go on with the recipe it "
             "began with, or begin another run from its labels (bootstrap.given)."
         )
-    a, b = dict(_flat(before, "")), dict(_flat(now, ""))
+    a, b = (dict(_flat(_meant("", recipe), "")) for recipe in (before, now))
     for name in sorted(a.keys() | b.keys()):
         if (
             name in a and a[name] != b.get(name) and not name.startswith(MAY_CHANGE)
@@ -304,6 +305,15 @@ def _check_same_run(before: dict, now: dict, folder: Path) -> None:
             f"{folder}: with these dynamics.steps the ramp would take {ramps[1]} steps instead of {ramps[0]}; give "
             f"dynamics.ramp_steps: {ramps[0]}."
         )
+
+
+def _meant(key: str, value: Any) -> Any:
+    """A value of a recipe, in it what a run does where it leaves that open, as older ones wrote it down."""
+    if isinstance(value, dict):
+        return {name: _meant(name, entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_meant(key, entry) for entry in value]
+    return LEFT_OPEN.get(key) if value is None else value
 
 
 def recipe_as_begun(recipe: LearnRecipe, folder: Path) -> LearnRecipe:
