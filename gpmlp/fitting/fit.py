@@ -275,7 +275,6 @@ class _Data:
         recipe, base, summary, inducing_choice = prepare.set_up(structures, trusted, recipe)
         remaining = prepare.subtract_baselines(structures, learned, base)
         recipe, four_body = four_body_choice.settle(recipe, structures, remaining)
-        choices = tuple(said for said in (inducing_choice, four_body) if said)
         shortest = {f"{chemical_symbol(a)}-{chemical_symbol(b)}": r for (a, b), r in summary.shortest.items()}
         given = prepare.labels_noise(trusted)
         shown = [force_label_noise(structures, trusted), given.get("forces", math.nan)]
@@ -290,7 +289,7 @@ class _Data:
         twins = groups.finding(structures)
         findings = sort_findings([*findings, *([twins] if twins else [])])
         known = recipe, structures, trusted, remaining, base, shortest, noise, given, groups, findings, learned
-        return _Data(*known, partitions, choices)
+        return _Data(*known, partitions, tuple(filter(None, (inducing_choice, four_body))))
 
 
 def _with_charges(
