@@ -45,7 +45,7 @@ def test_factor_is_the_size_of_errors_and_grows_with_the_gap():
     assert (found.begin, found.structures) == (5.0, 10) and 5.0 < found.full < 7.0
     assert found.factors["energies"] == pytest.approx(2 * (10 / 8) ** 0.5) and found.factors["forces"] == 1.0
     every = Structures.concatenate([pair(gap) for gap in (4.9, 0.5 * (5.0 + found.full), 20.0)])
-    near, middle, far = found.factor("energies", every).tolist()
+    near, middle, far = found.factor("energies", largest_gaps(every)).tolist()
     assert near == 1.0 and far == pytest.approx(found.factors["energies"]) and middle == pytest.approx(far**0.5)
 
 
@@ -62,5 +62,12 @@ def test_calibration_widens_what_is_apart_and_keeps_it_in_files():
     raw = replace(raw, energies_variance=Variance(*[ones] * 4), forces_covariance=Variance(*[eyes] * 4))
     found = calibrate_prediction(raw, every, calibration)
     assert found.energies_variance.total.tolist() == pytest.approx([4.0, 36.0])
+    # of a part alone, of which there are no labels, the process itself says how large the part due to the inducing set is
+    alone = apart.within(largest_gaps(every).repeat(7), 10.0)
+    assert alone.reach == 10.0 and apart.within(largest_gaps(every).repeat(8), 10.0).reach is None
+    smaller = replace(calibration, apart=replace(alone, factors={}, prior=9.0))
+    assert calibrate_prediction(raw, every, smaller).energies_variance.total.tolist() == pytest.approx([4.0, 12.0])
+    assert smaller.with_amplitude(0.5).apart.prior == 18.0
+    assert Calibration.from_dict(smaller.as_dict()) == smaller
     sizes = found.forces_covariance.total.diagonal(dim1=1, dim2=2).mean(1)
     assert sizes.tolist() == pytest.approx([4.0] * 4 + [16.0] * 4)

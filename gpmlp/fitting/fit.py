@@ -429,6 +429,9 @@ def _calibrated(
     calibration = Calibration.identity()
     if wanted and len(chosen) >= calibrate.FEWEST_LEFT_OUT:
         calibration = calibrate.left_out_calibration(predicted, calibrate.scatter_at_rest(data.targets, forces))
+        if calibration.apart is not None:
+            gaps = separation.largest_gaps(data.structures)
+            calibration = replace(calibration, apart=calibration.apart.within(gaps, potential.cutoff))
     calibration, shifts = calibrate.with_shifts(calibration, predicted.influence, len(groups.leaders))
     variances = replace(potential.variances, amplitude=share, shifts=shifts)
     return replace(potential, variances=variances, calibration=calibration.with_amplitude(share))

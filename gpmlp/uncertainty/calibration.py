@@ -22,7 +22,7 @@ from gpmlp.core.quantities import KINDS, Prediction, Variance, json_value
 from gpmlp.core.structures import Structures
 from gpmlp.uncertainty.local_scale import GroupFactors, LocalScale
 from gpmlp.uncertainty.scores import SMALLEST, gaussian_multiplier, known_errors, smallest_std
-from gpmlp.uncertainty.separation import SeparationScale
+from gpmlp.uncertainty.separation import SeparationScale, largest_gaps
 
 # local energies have no labels; of the forces, which are their slopes, there are most
 CALIBRATED_AS = {
@@ -318,7 +318,7 @@ class Calibration:
         for kind, learned in self.kinds.items():
             first, *others = learned.weights or (1.0, 1.0, 1.0)
             kinds[kind] = replace(learned, weights=(first / amplitude, *others)) if learned.n else learned
-        return replace(self, kinds=kinds)
+        return replace(self, kinds=kinds, apart=self.apart and self.apart.with_amplitude(amplitude))
 
     def functional_widening(self, novelty: Tensor) -> Tensor:
         """√(novelty / typical), at least 1: factor on the std of a functional of structures with this largest novelty, of which samples do
@@ -515,6 +515,7 @@ def calibrate_prediction(
     if calibration.typical_novelty is not None and prediction.novelty is not None:
         prediction = widen_by_novelty(prediction, structures, calibration.typical_novelty)
     changed: dict[str, Any] = {}
+    gaps = largest_gaps(structures) if calibration.apart is not None else structures.volumes
     for name, kind in CALIBRATED_AS.items():
         variance: Variance | None = getattr(prediction, name)
         if variance is None:
@@ -527,14 +528,15 @@ def calibrate_prediction(
             variance = getattr(prediction, name)
         factor = local_factor(name, prediction, structures, learned)
         if config_types and learned.groups:
-            group = torch.tensor([learned.group(label).std for label in config_types], dtype=torch.float64).to(
-                variance.data
-            )
+            factors = [learned.group(label).std for label in config_types]
+            group = torch.tensor(factors, dtype=torch.float64).to(variance.data)
             factor = factor * (group[structures.structure_of_atom] if name in PER_ATOM else group)
         if calibration.apart is not None:
-            apart = calibration.apart.factor(kind, structures).to(variance.data)
-            factor = factor * (apart[structures.structure_of_atom] if name in PER_ATOM else apart)
+            far = calibration.apart.factor(kind, gaps).to(variance.data)
+            factor = factor * (far[structures.structure_of_atom] if name in PER_ATOM else far)
         changed[name] = calibrate_variance(variance, learned, factor)
+        if calibration.apart is not None and kind == "energies":
+            changed[name] = calibration.apart.of_parts_alone(variance, changed[name], gaps)
     return replace(prediction, **changed)
 
 

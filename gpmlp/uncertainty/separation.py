@@ -3,17 +3,21 @@
 What a model adds beyond its cutoff is learned up to some separation and used at larger ones, where no label says what it is worth. The
 structures with the largest separations are therefore predicted without any of them, and their errors, in standard deviations that were
 calibrated on structures left out one at a time, are the factor of structures as far apart.
+
+Where hardly any label is of parts that do not reach each other, nothing says what the energy of a part alone is: no force tells of it, and
+structures left out do not show it. There the variance of energies that is due to the inducing set is that of the process itself.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from gpmlp.core.quantities import Variance
 from gpmlp.core.structures import Structures
 
 APART = 3.0  # A, gap of a structure in two parts
@@ -29,12 +33,16 @@ class SeparationScale:
     Attributes:
         begin, full: gaps (A) at which the factors begin to grow, and are there in full.
         factors: by kind, at least 1. structures: from which they were learned.
+        reach: A, gap from which on parts are alone, where hardly any label is of such; None = there are enough.
+        prior: factor on the variance due to the inducing set with which it is that of the process.
     """
 
     begin: float
     full: float
     factors: dict[str, float]
     structures: int
+    reach: float | None = None
+    prior: float = 1.0
 
     @staticmethod
     def fit(gaps: Tensor, squares: Mapping[str, Tensor]) -> SeparationScale:
@@ -47,10 +55,26 @@ class SeparationScale:
         factors = {kind: max(1.0, widening * float(found.mean().sqrt())) for kind, found in squares.items()}
         return SeparationScale(float(gaps.min()), float(gaps.median()), factors, n)
 
-    def factor(self, kind: str, structures: Structures) -> Tensor:
+    def within(self, learned: Tensor, cutoff: float) -> SeparationScale:
+        """With the cutoff as reach, if fewer than FEWEST of the gaps that were learned from are beyond it."""
+        return replace(self, reach=cutoff) if int((learned > cutoff).sum()) < FEWEST else self
+
+    def with_amplitude(self, amplitude: float) -> SeparationScale:
+        """Where the part due to the inducing set is `amplitude` times as large as it was."""
+        return replace(self, prior=self.prior / amplitude)
+
+    def factor(self, kind: str, gaps: Tensor) -> Tensor:
         """(structures,) factor on standard deviations of a kind; its logarithm grows as the gap does, from `begin` to `full`."""
-        share = (largest_gaps(structures) - self.begin) / max(self.full - self.begin, 1e-9)
+        share = (gaps - self.begin) / max(self.full - self.begin, 1e-9)
         return torch.exp(share.clamp(0.0, 1.0) * math.log(self.factors.get(kind, 1.0)))
+
+    def of_parts_alone(self, raw: Variance, calibrated: Variance, gaps: Tensor) -> Variance:
+        """The calibrated variance of energies, with what the process itself says of structures whose gap is beyond the reach."""
+        if self.reach is None:
+            return calibrated
+        of_process = (self.prior * raw.inducing).maximum(calibrated.inducing)
+        beyond = (gaps > self.reach).to(raw.inducing.device)
+        return replace(calibrated, inducing=torch.where(beyond, of_process, calibrated.inducing))
 
 
 def largest_gaps(structures: Structures) -> Tensor:
