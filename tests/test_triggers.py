@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.build import bulk
 from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.stats import chi2, norm
@@ -16,7 +17,7 @@ from scipy.stats import chi2, norm
 from gpmlp.core import neighbors
 from gpmlp.core.quantities import Prediction, Variance
 from gpmlp.io.ase_atoms import structures_from_ase
-from gpmlp.learning.recipe import GuardsRecipe, LearnRecipe, TriggerRecipe
+from gpmlp.learning.recipe import DynamicsRecipe, GuardsRecipe, LearnRecipe, TriggerRecipe
 from gpmlp.learning.stopping.history import History, Record
 from gpmlp.learning.triggers import (
     COMMON,
@@ -32,7 +33,8 @@ from gpmlp.learning.triggers import (
     trigger_decision,
     trigger_limits,
 )
-from gpmlp.learning.walker_state import label_probability
+from gpmlp.learning.walker import Walker
+from gpmlp.learning.walker_state import WalkerState, label_probability
 from gpmlp.uncertainty.calibration import Calibration, KindCalibration
 
 LIMITS = TriggerLimits(force=0.1, probability=0.1, local_energy=0.05, novelty=1.5, halt=4.0, guards=GuardsRecipe())
@@ -214,6 +216,25 @@ def test_hysteresis():
     assert decide(LIMITS, novelty=2.5).action == "label" and decide(looser, novelty=2.5).action == "continue"
 
 
+def test_what_is_missed_is_beyond_the_limit_of_the_recipe():
+    """A limit that is raised after a label lets a frame pass, and does not make its error less likely."""
+    raised = LIMITS.times(1.5).times(2.0)
+    plain, passes = decide(force=0.04), decide(raised, force=0.04)
+    assert passes.severity == pytest.approx(plain.severity / 3)
+    assert 0 < plain.exceedance < 1 and passes.exceedance == pytest.approx(plain.exceedance, rel=1e-12)
+
+
+def test_limits_are_raised_around_a_labelled_frame_alone():
+    """Steps on the way to a frame that was labelled ahead are judged as all others are."""
+    trigger = TriggerRecipe(every=60, cooldown=20, hysteresis=1.25)
+    place = Walker.from_atoms(0, bulk("Al", cubic=True), DynamicsRecipe(temperature_K=300), 0)
+    for step, expected in ((0, 1.0), (240, 1.0), (241, 2.5), (300, 2.5), (319, 2.5), (320, 1.0)):
+        here = replace(place, step=step)
+        state = WalkerState(here, here, label_step=300, label_severity=2.0)
+        assert state.limit_factor(trigger) == expected, step
+    assert state.limit_factor(trigger.model_copy(update={"cooldown": 21})) == 2.5
+
+
 # ---------------------------------------------------------------- guards
 
 
@@ -385,23 +406,30 @@ def passed(history, step, largest, missed, walker=0, **flags):
     return history.append(Record(walker, step, 0.0, exceedance=largest, missed=missed, threshold=1.0, **flags))
 
 
-def test_what_may_pass_is_a_share_of_the_latest_steps():
-    """Of the latest 1000, whoever made them; a walker that goes back does not count twice, nor do strides that are walked again."""
+def test_what_may_pass_is_a_share_of_the_steps():
+    """Of all walkers; a walker that goes back does not count twice, nor do strides that are walked again."""
     history = History()
     for k in range(1, 31):
         for walker in (0, 1):
-            history = passed(history, 60 * k, 0.4 if k <= 20 else 0.001, 0.2 if k <= 20 else 0.0, walker)
+            history = passed(history, 60 * k, 0.4 if k <= 20 else 0.001, 0.01 if k <= 20 else 0.0, walker)
     trigger = TriggerRecipe(likely=0.7)
-    assert label_probability(history, trigger) == 0.7  # what was unsure is more than 1000 steps ago
-    again = passed(history, 1820, 0.6, 0.9, asked=True)
+    assert label_probability(history, trigger) == 0.7  # what is unsure is more than 1000 steps ago, and no more than may be
+    again = passed(history, 1860, 0.6, 0.9, asked=True)
     assert label_probability(again, trigger) == 0.7  # a stride that was given up for a label
     again = passed(passed(again, 1260, 0.4, 1.0), 1320, 0.4, 1.0)
     assert label_probability(again, trigger) == 0.7  # 1200 steps of before are made again
-    again = passed(again, 1815, 0.4, 1.0)
-    assert label_probability(again, trigger) == 0.7  # 15 steps of 1000
-    assert (
-        label_probability(passed(again, 1830, 0.5, 1.0), trigger) == 0.5
-    )  # 30 of them: those of the worse stride have to go
+    again = passed(again, 1860, 0.4, 0.4)
+    assert label_probability(again, trigger) == 0.7  # 24 + 24 in 3660 steps; 24 in 960 to come, if they are like the latest
+    assert label_probability(passed(again, 1880, 0.5, 1.0), trigger) == 0.5  # 20 more: those of the worse stride have to go
+
+
+def test_what_was_missed_too_often_is_made_up_for():
+    """Labels are asked for at `probability` until all steps together have missed no more than that share."""
+    history, trigger = passed(History(), 60, 0.001, 0.0), TriggerRecipe(likely=0.7)
+    history = passed(history, 120, 0.8, 0.6)  # 36 of 120 steps, where 2 may be
+    for k in range(3, 41):
+        assert label_probability(history, trigger) == (0.02 if k <= 15 else 0.7), k  # .02 × (900 + 900) = 36
+        history = passed(history, 60 * k, 0.001, 0.0)
 
 
 def test_a_stride_whose_label_was_withheld_counts_as_passed():
@@ -433,7 +461,7 @@ def test_what_was_not_missed_before_may_be_missed_now():
     sure, trigger = History(), TriggerRecipe(likely=0.7)
     for k in range(1, 101):
         sure = passed(sure, 60 * k, 0.001, 0.0)
-    for unsure, expected in ((10, 0.7), (14, 0.6)):  # of 6600 and 6840 steps 132 and 137 may be missed
+    for unsure, expected in ((6, 0.7), (7, 0.6)):  # of 6360 and 6420 steps and 960 more 146 and 148 may be, and twice 65 and 76 would be
         history = sure
         for k in range(101, 101 + unsure):
             history = passed(history, 60 * k, 0.6, 0.18)

@@ -88,14 +88,16 @@ class OnlineModel:
     def exceedance_ratio(self, asked: int, limit: float) -> float:
         """Number of labels asked for whose force errors are beyond a limit (eV/A), over what was to be expected.
 
-        (Σ [e > limit] + PRIOR_EXCEEDANCES) / (Σ P + PRIOR_EXCEEDANCES) over the labels of `error_spread`, with that spread.
+        (Σ [e > limit] + PRIOR_EXCEEDANCES) / (Σ P + PRIOR_EXCEEDANCES) over the labels of `error_spread`, with that spread; 1 where it is
+        less: a frame is labelled because its P is the largest of many, and the largest are overstated more often than not, which says
+        nothing of frames that pass.
         """
         scaled, seen, expected = limit / self.error_spread(asked), PRIOR_EXCEEDANCES, PRIOR_EXCEEDANCES
         for norm, covariance in self._latest(asked):
             if covariance is not None and len(norm):
                 seen += float(norm.max() > limit)
                 expected += frame_exceedance(covariance, scaled)
-        return seen / expected
+        return max(1.0, seen / expected)
 
     def _latest(self, asked: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """`force_errors` of the LATEST labels among those asked for."""

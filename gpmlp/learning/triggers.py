@@ -66,6 +66,7 @@ class TriggerLimits:
         local_energy: standard deviation, eV. novelty: in units of the trust region's radius.
         halt: factor on `force` at which the run has to stop.
         spread: factor on the standard deviations of forces with which errors of the labels asked for so far agree.
+        raised: factor by which `force` is above the limit of the recipe for now; probabilities of exceedance are of that of the recipe.
     """
 
     force: float | None
@@ -75,6 +76,7 @@ class TriggerLimits:
     halt: float
     guards: GuardsRecipe
     spread: float = 1.0
+    raised: float = 1.0
 
     def times(self, factor: float) -> TriggerLimits:
         """Looser by a factor, as hysteresis asks for; what halts a run stays where it is."""
@@ -82,7 +84,8 @@ class TriggerLimits:
             None if v is None else v * factor for v in (self.force, self.local_energy, self.novelty)
         )
         halt = max(1.0, self.halt / factor)
-        return replace(self, force=force, local_energy=local, novelty=novelty, halt=halt)
+        raised = self.raised * factor
+        return replace(self, force=force, local_energy=local, novelty=novelty, halt=halt, raised=raised)
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ def _forces(prediction: Prediction, limits: TriggerLimits) -> TriggerDecision | 
     order = total.diagonal(dim1=1, dim2=2).sum(1).argsort(descending=True)[:NAMED].tolist()
     action: Action = "continue" if severity <= 1 else "halt" if severity > limits.halt else "label"
     text = f"force error of atom {order[0]} may reach {largest:.3g} eV/A (limit {limits.force:.3g})"
-    exceedance = frame_exceedance(total, limits.force / limits.spread)
+    exceedance = frame_exceedance(total, limits.force / (limits.raised * limits.spread))
     return TriggerDecision(action, tuple(order), text, severity, ("force",), exceedance)
 
 

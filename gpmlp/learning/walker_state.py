@@ -70,8 +70,11 @@ class WalkerState:
     restarts: int = 0
 
     def limit_factor(self, trigger: TriggerRecipe) -> float:
-        """Factor on the limits: more than 1 shortly after a label."""
-        young = self.walker.step - self.label_step < trigger.cooldown
+        """Factor on the limits: more than 1 in strides that hold a labelled frame, or begin shortly after it.
+
+        Steps on the way to a frame that was labelled ahead (`walker.look_ahead`) are judged as all others are.
+        """
+        young = -trigger.every < self.walker.step - self.label_step < trigger.cooldown
         return max(1.0, trigger.hysteresis * self.label_severity) if young else 1.0
 
     def at_label_rate(self, trigger: TriggerRecipe) -> bool:
@@ -214,8 +217,8 @@ def record_from_snapshot(
 def label_probability(history: History, trigger: TriggerRecipe, ratio: float = 1.0) -> float:
     """The probability of exceeding the limit above which a label is asked for, from strides that are part of the trajectory.
 
-    As many errors may pass in the latest HORIZON steps as would be a share `probability` of these steps and, where fewer have passed in
-    those before, of these.
+    As many errors may pass in the next HORIZON steps, if these are like the latest, as leave the whole run with a share `probability`: what
+    was not used up may be missed now, and what was missed beyond it has to be made up for.
 
     Args:
         ratio: of errors beyond the limit to those foreseen, in labels (`OnlineModel.exceedance_ratio`).
@@ -229,8 +232,7 @@ def label_probability(history: History, trigger: TriggerRecipe, ratio: float = 1
     known = np.isfinite(share)  # it is not in what a version before 0.2 recorded
     steps, largest, missed = steps[known], largest[known], ratio * (share * steps)[known]
     latest = steps[::-1].cumsum()[::-1] <= HORIZON
-    left = (trigger.probability * steps - missed)[~latest].sum()
-    allowed = trigger.probability * steps[latest].sum() + max(0.0, float(left))
+    allowed = trigger.probability * (steps.sum() + steps[latest].sum()) - missed.sum()
     return asking_probability(largest[latest], missed[latest], allowed, trigger)
 
 
