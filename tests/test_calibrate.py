@@ -264,3 +264,33 @@ def test_sizes_of_energies_follow_the_exact_process_too(n):
     found, without = (calibrate.left_out_calibration(one).kinds for one in (left, replace(left, expected={})))
     assert found["energies"].scale == pytest.approx(factor * without["energies"].scale)
     assert found["forces"].scale == pytest.approx(without["forces"].scale)
+
+
+def test_every_structure_is_predicted_by_a_fit_to_others():
+    structures, targets = many(["a"] * 11 + ["isolated_atom"])
+    targets = replace(targets, energies=2.0 ** torch.arange(12.0, dtype=torch.float64))
+
+    def fit_to(known: Structures, labels: Targets):
+        seen = set(labels.energies.tolist())
+
+        def potential(here: Structures, variance, novelty, calibrated) -> Prediction:
+            assert "isolated_atom" in labels.config_types and variance == ["energies"] and not calibrated
+            assert len(known) == len(seen) and len(seen) + len(here) == 12
+            nothing = torch.zeros(len(here), dtype=torch.float64)
+            out = Prediction(nothing + sum(seen), *(torch.zeros(1, dtype=torch.float64),) * 3)
+            return replace(out, energies_variance=Variance(*(nothing,) * 4))
+
+        potential.novelty = None
+        return potential
+
+    found = calibrate.predict_in_folds(structures, targets, fit_to)
+    assert sorted(found.targets.energies.tolist()) == [2.0**i for i in range(11)]
+    # what it was predicted from does not hold its own label, nor those of its part
+    parts = [(found.prediction.energies == total).nonzero()[:, 0] for total in found.prediction.energies.unique()]
+    for part in parts:
+        assert found.prediction.energies[part[0]] == 4095.0 - found.targets.energies[part].sum()
+    assert len(found.structures) == 11 and {len(part) for part in parts} == {1, 2}
+    apart = Structures.concatenate([cluster((6, 6), 0), cluster((8, 8), 1)])
+    assert (
+        calibrate.predict_in_folds(apart, Targets.unlabelled(apart), fit_to) is None
+    )  # no fit to the other knows its species

@@ -143,5 +143,7 @@ def test_errors_beyond_a_limit_beside_those_foreseen():
         expected = 6 * frame_exceedance(0.01 * torch.eye(3, dtype=torch.float64)[None], limit)
         assert model.exceedance_ratio(6, limit) == pytest.approx(max(1.0, (seen + 2) / (expected + 2)), rel=1e-4)
     assert model.exceedance_ratio(6, 0.15) > 1.1
-    assert model.exceedance_ratio(6, 0.16) == 1.0  # frames chosen for a large probability say nothing of those that pass
+    assert (
+        model.exceedance_ratio(6, 0.16) == 1.0
+    )  # frames chosen for a large probability say nothing of those that pass
     assert model.exceedance_ratio(0, 0.1) == 1.0

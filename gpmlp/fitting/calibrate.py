@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +15,7 @@ from gpmlp.fitting.influence import Influence
 from gpmlp.fitting.left_out import LeftOut
 from gpmlp.fitting.near_duplicates import IndependentGroups
 from gpmlp.potential import baselines
+from gpmlp.potential.potential import Potential
 from gpmlp.recipe import CalibrationRecipe
 from gpmlp.uncertainty.calibration import (
     Calibration,
@@ -36,6 +37,7 @@ from gpmlp.uncertainty.variance_weights import fit_variance_weights
 
 FEWEST_PREQUENTIAL = 8  # latest structures, at least, whose predictions count,
 COMPONENTS = 1000  # and force components that they have together: older predictions are of models with less data
+FEW_ANEW = 40  # up to so many, energies are calibrated by fits made anew without each of FOLDS parts of them
 FEWEST_ONLINE = 10  # structures of an online model that are left out in turn; of fewer, prequential errors say more
 LEFT_OUT = "left out of the training set in turn, several of each config_type; learned from otherwise"
 HOW = "predicted before they were learned from, in the order in which they came (prequential)"
@@ -174,6 +176,40 @@ def size_by_process(left_out: LeftOut) -> float:
     if min(of_energies, of_forces) <= 0:
         return 1.0
     return (of_forces / of_energies) ** (0.5 * PROCESS / (PROCESS + n))
+
+
+def predict_in_folds(
+    structures: Structures, targets: Targets, fit: Callable[[Structures, Targets], Potential]
+) -> LeftOut | None:
+    """Uncalibrated predictions of each of FOLDS parts of the structures by a fit to the others; isolated atoms always stay among these.
+
+    Args:
+        fit: the potential of some labels, with variances; a part without which a species would be missing is not predicted.
+
+    Returns:
+        None where no part can be.
+    """
+    alone = [i for i, label in enumerate(targets.config_types) if baselines.is_isolated_atom(label)]
+    order = torch.randperm(len(structures), generator=torch.Generator().manual_seed(0)).tolist()
+    order = [i for i in order if i not in alone]
+    wanted = [kind for kind in KINDS if bool(getattr(targets, kind).isfinite().any())]
+    parts = []
+    for k in range(FOLDS):
+        held = sorted(order[k::FOLDS])
+        others = sorted({*range(len(structures))} - {*held})
+        known = structures.select(others)
+        if not held or known.distinct_species != structures.distinct_species:
+            continue
+        potential = fit(known, targets.select(structures, others))
+        here, labels = structures.select(held), targets.select(structures, held)
+        novelty = potential.novelty is not None
+        parts.append((here, labels, potential(here, variance=wanted, novelty=novelty, calibrated=False)))
+    if not parts:
+        return None
+    found = zip(*parts, strict=True)
+    return LeftOut(
+        *(kind.concatenate(part) for kind, part in zip((Structures, Targets, Prediction), found, strict=True))
+    )
 
 
 def cross_fitted_size(left_out: LeftOut) -> dict[str, float]:

@@ -31,6 +31,7 @@ from gpmlp.fitting import (
     variance_checks,
 )
 from gpmlp.fitting.calibrate import PrequentialPrediction
+from gpmlp.fitting.left_out import LeftOut
 from gpmlp.fitting.online_charges import OnlineCharges, noise_scaled
 from gpmlp.fitting.online_updates import LabelBatch, RowScales
 from gpmlp.fitting.regression import InducingModel, VarianceSubset, WhitenedData
@@ -44,9 +45,8 @@ from gpmlp.potential.baseline import Baseline
 from gpmlp.potential.charges import ChargeModel
 from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
-from gpmlp.uncertainty import mahalanobis
 from gpmlp.uncertainty.calibration import Calibration
-from gpmlp.uncertainty.mahalanobis import Mahalanobis, ReservoirSample
+from gpmlp.uncertainty.mahalanobis import Mahalanobis
 from gpmlp.uncertainty.residuals import force_label_noise
 
 LARGEST_ERROR = 1e-9  # measured error of the factor at which it is computed again from the rows
@@ -307,15 +307,7 @@ class OnlineFit:
         return replace(self, models=(replace(self.models[0], exact=left),), exact=exact)
 
     def _check_species(self, structures: Structures) -> None:
-        species = self.batches[0].structures.distinct_species
-        unknown = [z for z in structures.distinct_species if z not in species]
-        if unknown:
-            atom = int((structures.species == unknown[0]).nonzero()[0, 0])
-            name = structures.names[int(structures.structure_of_atom[atom])]
-            raise errors.UserError(
-                f"{name}: {errors.chemical_symbol(unknown[0])} was not among the structures that the online model began with; it knows "
-                f"{', '.join(errors.chemical_symbol(z) for z in species)}. Begin with structures that hold all species."
-            )
+        online_updates.check_species(self.batches[0].structures.distinct_species, structures)
 
     # ---------------------------------------------------------------- inducing variables
 
@@ -446,13 +438,38 @@ class OnlineFit:
             return plain.recalibrated()
         new = plain
         if wanted:
-            calibration = calibrate.left_out_calibration(found)
+            calibration = plain._learned_calibration(found)
             calibration, shifts = calibrate.with_shifts(calibration, found.influence, len(structures))
             widths = regression.block_widths(self.models)
             moves = online_updates.StructureMoves.from_shifts(shifts, solved.factor, widths)
             new = replace(plain._with_calibration(calibration), moves=moves)
         new = new._with_amplitude(found.amplitude(plain.noise_of_mean)) if plain.exact else new
         return new if wanted else new.recalibrated()
+
+    def _learned_calibration(self, found: LeftOut) -> Calibration:
+        """From structures left out in turn; of energies, where the data are few, from fits made anew without a part of them.
+
+        A structure that is left out has no inducing variables of its own, and none in their place: where there are few, that overstates
+        variances against errors (decision 013). The mean of all functionals has others, and charges would have to be fitted each time.
+        """
+        learned = calibrate.left_out_calibration(found)
+        few = self.n_labels <= calibrate.FEW_ANEW and self.structures.n_atoms <= LEFT_OUT
+        if not few or self.exact or self.charges or any(isinstance(i.shares, dict) for i in self.recipe.inducings):
+            return learned
+        anew = calibrate.predict_in_folds(self.structures, self.targets, self._anew)
+        energies = calibrate.left_out_calibration(anew).kinds["energies"] if anew else learned.kinds["energies"]
+        return replace(learned, kinds=learned.kinds | {"energies": energies})
+
+    def _anew(self, structures: Structures, targets: Targets) -> Potential:
+        """The potential of other labels with these hyperparameters, inducing variables chosen anew; not calibrated."""
+        most = structures.n_atoms
+        fewer = tuple(i.model_copy(update={"n": min(i.n or most, most)}) for i in self.recipe.inducings)
+        new = _without_noises(self.recipe.model_copy(update={"inducing": fewer}), [(structures, targets)])
+        sizes = regression.block_widths(new.models)
+        batches = tuple(b.rescaled(RowScales.unit(len(sizes)), self._scales, sizes) for b in new.batches)
+        noises = {"noise": self.noise, "constant": self.constant, "label_noise": self.label_noise}
+        new = replace(new, **noises, signal=self.signal, batches=batches, novelty=new._novelty())
+        return new._from_rows("made anew").potential
 
     def _with_amplitude(self, amplitude: float) -> OnlineFit:
         """With another amplitude, in what was predicted as well; calibrated variances stay as they are."""
@@ -479,19 +496,7 @@ class OnlineFit:
 
     def _novelty(self) -> Mahalanobis | None:
         """Mahalanobis distances from the environments of labelled atoms, as a fit has them."""
-        if self.recipe.novelty is False:
-            return None
-        samples: dict[int, ReservoirSample] = {}
-        first = 0
-        for batch in self.batches:
-            structures, labelled = batch.structures, batch.labelled_atoms
-            for z in structures.distinct_species:
-                here = labelled & (structures.species == z)
-                sample = samples.setdefault(z, ReservoirSample(self.recipe.novelty.samples, self.recipe.seed + z))
-                sample.add(batch.features[here], first + structures.structure_of_atom[here])
-            first += len(structures)
-        features, owners = {z: s.rows() for z, s in samples.items()}, {z: s.owners() for z, s in samples.items()}
-        return mahalanobis.fit_mahalanobis(features, owners, self.recipe.novelty.quantile, self.recipe.seed)
+        return None if self.recipe.novelty is False else online_updates.fit_novelty(self.batches, self.recipe)
 
     # ---------------------------------------------------------------- linear algebra
 

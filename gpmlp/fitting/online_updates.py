@@ -20,6 +20,8 @@ from gpmlp.gp.covariances import SpeciesEnvironments
 from gpmlp.gp.inducing import InducingBlock, extend_cholesky, rank_tolerance, restrict_cholesky
 from gpmlp.gp.qr import PosteriorFactor
 from gpmlp.recipe import Recipe
+from gpmlp.uncertainty import mahalanobis
+from gpmlp.uncertainty.mahalanobis import Mahalanobis, ReservoirSample
 
 JACOBIAN_BYTES = 2 << 30  # of Jacobians kept with all batches of a model; those of more are made again for each pass
 PASS = 200_000  # rows times new columns that one label may cost: some tenths of a second; the rest waits for a model made anew
@@ -399,3 +401,31 @@ def variance_factor(
 
     subset = tuple(blocks), tuple(lowers), scales.columns([len(lower) for lower in lowers])
     return factor.rotate_columns(rotate).upper[:, :-1], subset, rotate
+
+
+def fit_novelty(batches: Sequence[LabelBatch], recipe: Recipe) -> Mahalanobis:
+    """Mahalanobis distances from the environments of labelled atoms."""
+    assert recipe.novelty is not False
+    samples: dict[int, ReservoirSample] = {}
+    first = 0
+    for batch in batches:
+        structures, labelled = batch.structures, batch.labelled_atoms
+        for z in structures.distinct_species:
+            here = labelled & (structures.species == z)
+            sample = samples.setdefault(z, ReservoirSample(recipe.novelty.samples, recipe.seed + z))
+            sample.add(batch.features[here], first + structures.structure_of_atom[here])
+        first += len(structures)
+    features, owners = {z: s.rows() for z, s in samples.items()}, {z: s.owners() for z, s in samples.items()}
+    return mahalanobis.fit_mahalanobis(features, owners, recipe.novelty.quantile, recipe.seed)
+
+
+def check_species(known: Sequence[int], structures: Structures) -> None:
+    """UserError: structures with a species that is not among those known."""
+    unknown = [z for z in structures.distinct_species if z not in known]
+    if unknown:
+        atom = int((structures.species == unknown[0]).nonzero()[0, 0])
+        name = structures.names[int(structures.structure_of_atom[atom])]
+        raise errors.UserError(
+            f"{name}: {errors.chemical_symbol(unknown[0])} was not among the structures that the online model began with; it knows "
+            f"{', '.join(errors.chemical_symbol(z) for z in known)}. Begin with structures that hold all species."
+        )

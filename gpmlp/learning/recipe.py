@@ -96,7 +96,7 @@ class TriggerRecipe(RecipeSection):
     local energy exceeds `local_energy` (eV); or the novelty exceeds `novelty`. The run halts and goes back where the probability
     holds for `halt` times the force, or a guard is broken. Variances of forces are computed every `every` steps; estimates of
     them, which cost far less, every `watch` steps, and the variances whenever these give reason; guards and novelty hold in every
-    step. After a label the walker has to be `cooldown` steps older, or `hysteresis` times worse than right after it; more than
+    step. Near a labelled frame, and `cooldown` steps after it, a frame has to be `hysteresis` times worse than that one still is; more than
     `most_per_1000_steps` labels are not asked.
     """
 
