@@ -291,6 +291,5 @@ def test_every_structure_is_predicted_by_a_fit_to_others():
         assert found.prediction.energies[part[0]] == 4095.0 - found.targets.energies[part].sum()
     assert len(found.structures) == 11 and {len(part) for part in parts} == {1, 2}
     apart = Structures.concatenate([cluster((6, 6), 0), cluster((8, 8), 1)])
-    assert (
-        calibrate.predict_in_folds(apart, Targets.unlabelled(apart), fit_to) is None
-    )  # no fit to the other knows its species
+    # no fit to the other knows its species
+    assert calibrate.predict_in_folds(apart, Targets.unlabelled(apart), fit_to) is None

@@ -201,15 +201,13 @@ def predict_in_folds(
         if not held or known.distinct_species != structures.distinct_species:
             continue
         potential = fit(known, targets.select(structures, others))
-        here, labels = structures.select(held), targets.select(structures, held)
-        novelty = potential.novelty is not None
-        parts.append((here, labels, potential(here, variance=wanted, novelty=novelty, calibrated=False)))
+        here, novelty = structures.select(held), potential.novelty is not None
+        predicted = potential(here, variance=wanted, novelty=novelty, calibrated=False)
+        parts.append((here, targets.select(structures, held), predicted))
     if not parts:
         return None
-    found = zip(*parts, strict=True)
-    return LeftOut(
-        *(kind.concatenate(part) for kind, part in zip((Structures, Targets, Prediction), found, strict=True))
-    )
+    judged, labels, predictions = zip(*parts, strict=True)
+    return LeftOut(Structures.concatenate(judged), Targets.concatenate(labels), Prediction.concatenate(predictions))
 
 
 def cross_fitted_size(left_out: LeftOut) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -467,7 +468,7 @@ class OnlineFit:
         new = _without_noises(self.recipe.model_copy(update={"inducing": fewer}), [(structures, targets)])
         sizes = regression.block_widths(new.models)
         batches = tuple(b.rescaled(RowScales.unit(len(sizes)), self._scales, sizes) for b in new.batches)
-        noises = {"noise": self.noise, "constant": self.constant, "label_noise": self.label_noise}
+        noises: dict[str, Any] = {"noise": self.noise, "constant": self.constant, "label_noise": self.label_noise}
         new = replace(new, **noises, signal=self.signal, batches=batches, novelty=new._novelty())
         return new._from_rows("made anew").potential
 
