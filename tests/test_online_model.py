@@ -137,13 +137,15 @@ def test_spread_of_what_was_asked_for():
 def test_errors_beyond_a_limit_beside_those_foreseen():
     """Of six labels, whose largest errors are as expected, as many as probabilities say, and two that are supposed to have been seen."""
     as_expected, first = foretold([0.15382]), foretold([9.0])
-    online = SimpleNamespace(prequential=(first, *[as_expected] * 6), calibration=Calibration.identity())
-    model = OnlineModel(online, RefreshRecipe(), 1)
-    for limit, seen in ((0.15, 6), (0.16, 0), (0.5, 0)):
-        expected = 6 * frame_exceedance(0.01 * torch.eye(3, dtype=torch.float64)[None], limit)
-        assert model.exceedance_ratio(6, limit) == pytest.approx(max(1.0, (seen + 2) / (expected + 2)), rel=1e-4)
-    assert model.exceedance_ratio(6, 0.15) > 1.1
-    assert (
-        model.exceedance_ratio(6, 0.16) == 1.0
-    )  # frames chosen for a large probability say nothing of those that pass
+    found = {"prequential": (first, *[as_expected] * 6)}
+    for how in (calibrate.HOW, calibrate.LEFT_OUT):
+        known = replace(Calibration.identity(), source={"how": how})
+        model = OnlineModel(SimpleNamespace(**found, calibration=known), RefreshRecipe(), 1)
+        for limit, seen in ((0.15, 6), (0.16, 0), (0.5, 0)):
+            expected = 6 * frame_exceedance(0.01 * torch.eye(3, dtype=torch.float64)[None], limit)
+            ratio = (seen + 2) / (expected + 2)
+            # frames chosen for a large probability say nothing of those that pass, where standard deviations are right on the whole
+            least = 1.0 if how == calibrate.LEFT_OUT else 0.0
+            assert model.exceedance_ratio(6, limit) == pytest.approx(max(least, ratio), rel=1e-4)
+        assert model.exceedance_ratio(6, 0.15) > 1.1
     assert model.exceedance_ratio(0, 0.1) == 1.0

@@ -413,29 +413,26 @@ def test_what_may_pass_is_a_share_of_the_steps():
         for walker in (0, 1):
             history = passed(history, 60 * k, 0.4 if k <= 20 else 0.001, 0.01 if k <= 20 else 0.0, walker)
     trigger = TriggerRecipe(likely=0.7)
-    assert (
-        label_probability(history, trigger) == 0.7
-    )  # what is unsure is more than 1000 steps ago, and no more than may be
+    assert label_probability(history, trigger) == 0.7  # what is unsure is more than 1000 steps ago
     again = passed(history, 1860, 0.6, 0.9, asked=True)
     assert label_probability(again, trigger) == 0.7  # a stride that was given up for a label
     again = passed(passed(again, 1260, 0.4, 1.0), 1320, 0.4, 1.0)
     assert label_probability(again, trigger) == 0.7  # 1200 steps of before are made again
     again = passed(again, 1860, 0.4, 0.4)
-    assert (
-        label_probability(again, trigger) == 0.7
-    )  # 24 + 24 in 3660 steps; 24 in 960 to come, if they are like the latest
-    assert (
-        label_probability(passed(again, 1880, 0.5, 1.0), trigger) == 0.5
-    )  # 20 more: those of the worse stride have to go
+    assert label_probability(again, trigger) == 0.7  # 24 steps, and 24 before, where 73 may be
+    # 30 more, those of the worse stride: they have to go
+    assert label_probability(passed(again, 1890, 0.5, 1.0), trigger) == 0.5
 
 
 def test_what_was_missed_too_often_is_made_up_for():
     """Labels are asked for at `probability` until all steps together have missed no more than that share."""
     history, trigger = passed(History(), 60, 0.001, 0.0), TriggerRecipe(likely=0.7)
-    history = passed(history, 120, 0.8, 0.6)  # 36 of 120 steps, where 2 may be
-    for k in range(3, 41):
-        assert label_probability(history, trigger) == (0.02 if k <= 15 else 0.7), k  # .02 × (900 + 900) = 36
-        history = passed(history, 60 * k, 0.001, 0.0)
+    history = passed(history, 120, 0.6, 0.59)  # 35 of 120 steps, where 2 may be
+    for k in range(
+        2, 40
+    ):  # that have been made; the unsure one is among the latest 1000 steps of up to 17, and 35 is .02 of 1770
+        assert label_probability(history, trigger) == (0.6 if k <= 17 else 0.02 if k < 30 else 0.7), k
+        history = passed(history, 60 * (k + 1), 0.001, 0.0)
 
 
 def test_a_stride_whose_label_was_withheld_counts_as_passed():
@@ -467,10 +464,7 @@ def test_what_was_not_missed_before_may_be_missed_now():
     sure, trigger = History(), TriggerRecipe(likely=0.7)
     for k in range(1, 101):
         sure = passed(sure, 60 * k, 0.001, 0.0)
-    for unsure, expected in (
-        (6, 0.7),
-        (7, 0.6),
-    ):  # of 6360 and 6420 steps and 960 more 146 and 148 may be, and twice 65 and 76 would be
+    for unsure, expected in ((10, 0.7), (14, 0.6)):  # of 6600 and 6840 steps 132 and 137 may be missed
         history = sure
         for k in range(101, 101 + unsure):
             history = passed(history, 60 * k, 0.6, 0.18)

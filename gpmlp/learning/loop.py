@@ -515,8 +515,8 @@ class _Run:
         spread, ratio = self.model.error_spread(asked), 1.0
         if limits.force is not None:
             ratio = self.model.exceedance_ratio(asked, limits.force)
-        asking = walker_state.label_probability(self.progress.history, self.recipe.trigger, ratio)
-        return replace(limits, probability=asking, novelty=self.recipe.novelty_limit, spread=spread)
+        asking = walker_state.label_probability(self.progress.history, self.recipe.trigger)
+        return replace(limits, probability=asking, novelty=self.recipe.novelty_limit, spread=spread, ratio=ratio)
 
     # ------------------------------------------------------------ records
 

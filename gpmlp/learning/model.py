@@ -11,6 +11,7 @@ import torch
 
 from gpmlp.core.quantities import Targets, json_value
 from gpmlp.core.structures import Structures
+from gpmlp.fitting import calibrate
 from gpmlp.fitting.calibrate import PrequentialPrediction
 from gpmlp.fitting.online import OnlineFit
 from gpmlp.learning.labels import LabelEntry
@@ -88,16 +89,18 @@ class OnlineModel:
     def exceedance_ratio(self, asked: int, limit: float) -> float:
         """Number of labels asked for whose force errors are beyond a limit (eV/A), over what was to be expected.
 
-        (Σ [e > limit] + PRIOR_EXCEEDANCES) / (Σ P + PRIOR_EXCEEDANCES) over the labels of `error_spread`, with that spread; 1 where it is
-        less: a frame is labelled because its P is the largest of many, and the largest are overstated more often than not, which says
-        nothing of frames that pass.
+        (Σ [e > limit] + PRIOR_EXCEEDANCES) / (Σ P + PRIOR_EXCEEDANCES) over the labels of `error_spread`, with that spread. Less than 1
+        counts as that where the calibration is of structures left out: a frame is labelled because its P is the largest of many, and these
+        are overstated more often than not, which says nothing of frames that pass. Prequential errors are of models that knew less, and
+        overstate all of them.
         """
         scaled, seen, expected = limit / self.error_spread(asked), PRIOR_EXCEEDANCES, PRIOR_EXCEEDANCES
         for norm, covariance in self._latest(asked):
             if covariance is not None and len(norm):
                 seen += float(norm.max() > limit)
                 expected += frame_exceedance(covariance, scaled)
-        return max(1.0, seen / expected)
+        left_out = self.online.calibration.source.get("how") == calibrate.LEFT_OUT
+        return max(1.0, seen / expected) if left_out else seen / expected
 
     def _latest(self, asked: int) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """`force_errors` of the LATEST labels among those asked for."""

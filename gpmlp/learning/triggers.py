@@ -66,6 +66,7 @@ class TriggerLimits:
         local_energy: standard deviation, eV. novelty: in units of the trust region's radius.
         halt: factor on `force` at which the run has to stop.
         spread: factor on the standard deviations of forces with which errors of the labels asked for so far agree.
+        ratio: of errors beyond the limit to those foreseen, in labels (`OnlineModel.exceedance_ratio`).
         raised: factor by which `force` is above the limit of the recipe for now; probabilities of exceedance are of that of the recipe.
     """
 
@@ -76,6 +77,7 @@ class TriggerLimits:
     halt: float
     guards: GuardsRecipe
     spread: float = 1.0
+    ratio: float = 1.0
     raised: float = 1.0
 
     def times(self, factor: float) -> TriggerLimits:

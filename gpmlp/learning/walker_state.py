@@ -209,19 +209,16 @@ def record_from_snapshot(
         force_rms=float(snapshot.prediction.forces.square().mean().sqrt()),
         threshold=limits.force or NAN,
         exceedance=max(snapshot.exceedances, default=NAN),
-        missed=float(np.mean(snapshot.exceedances)) if snapshot.exceedances else NAN,
+        missed=min(1.0, limits.ratio * float(np.mean(snapshot.exceedances))) if snapshot.exceedances else NAN,
         observables=observer(frame, place.number, time_fs),
     )
 
 
-def label_probability(history: History, trigger: TriggerRecipe, ratio: float = 1.0) -> float:
+def label_probability(history: History, trigger: TriggerRecipe) -> float:
     """The probability of exceeding the limit above which a label is asked for, from strides that are part of the trajectory.
 
-    As many errors may pass in the next HORIZON steps, if these are like the latest, as leave the whole run with a share `probability`: what
-    was not used up may be missed now, and what was missed beyond it has to be made up for.
-
-    Args:
-        ratio: of errors beyond the limit to those foreseen, in labels (`OnlineModel.exceedance_ratio`).
+    As many errors may pass in the latest HORIZON steps as would be a share `probability` of these steps, and besides what was not used up
+    in those before; what was missed beyond it there has to be made up for.
     """
     kept = ~history.column("asked") | history.column("withheld")  # others are walked again
     walkers, at, largest, share = (history.column(name)[kept] for name in ("walker", "step", "exceedance", "missed"))
@@ -230,9 +227,10 @@ def label_probability(history: History, trigger: TriggerRecipe, ratio: float = 1
         mine = walkers == number
         steps[mine] = np.diff(np.maximum.accumulate(at[mine]), prepend=0)  # a walker that was set back makes some again
     known = np.isfinite(share)  # it is not in what a version before 0.2 recorded
-    steps, largest, missed = steps[known], largest[known], ratio * (share * steps)[known]
+    steps, largest, missed = steps[known], largest[known], (share * steps)[known]
     latest = steps[::-1].cumsum()[::-1] <= HORIZON
-    allowed = trigger.probability * (steps.sum() + steps[latest].sum()) - missed.sum()
+    left = (trigger.probability * steps - missed)[~latest].sum()
+    allowed = trigger.probability * steps[latest].sum() + float(left)
     return asking_probability(largest[latest], missed[latest], allowed, trigger)
 
 

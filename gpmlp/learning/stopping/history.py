@@ -35,7 +35,7 @@ class Record:
         sigma_max, sigma_median: largest and median calibrated standard deviation of an atom's force, eV/A.
         threshold: that of the trigger, eV/A; NaN = there is none.
         exceedance: largest probability, since the last record, that the error of some force is beyond the threshold; NaN = unknown.
-        missed: expected share of the steps since then in which it is; NaN = unknown.
+        missed: share of the steps since then in which it is expected to be, by these and by what labels said of such; NaN = unknown.
         novelty_max: largest novelty of an atom (infinite for a species without data); NaN = not computed.
         atoms: number of atoms by atomic number; outside: of those with a novelty above 1; outside_atoms: indices of these.
         asked: whether this frame was reason to ask for a label, whether it was granted, refused or withheld.
