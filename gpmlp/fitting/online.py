@@ -430,9 +430,8 @@ class OnlineFit:
         structures, targets = plain.structures, plain.targets
         solved = SparsePosterior(plain._weights, plain.factor.upper[:, :-1], {}, plain.factor.condition)
         learned = WhitenedData({}, {}, plain.noise, plain.label_noise, plain.columns_signal)
-        chosen = left_out.choose_left_out(
-            structures, targets, torch.zeros(0, dtype=torch.long), LEFT_OUT, plain.recipe.seed
-        )
+        nothing = torch.zeros(0, dtype=torch.long)
+        chosen = left_out.choose_left_out(structures, targets, nothing, LEFT_OUT, plain.recipe.seed)
         about = structures, targets, plain._remaining(structures, targets), chosen
         found = left_out.predict_left_out(plain.potential, plain.models, learned, solved, *about, given=plain.exact)
         if found is None:
@@ -448,11 +447,8 @@ class OnlineFit:
         return new if wanted else new.recalibrated()
 
     def _learned_calibration(self, found: LeftOut) -> Calibration:
-        """From structures left out in turn; of energies, where the data are few, from fits made anew without a part of them.
-
-        A structure that is left out has no inducing variables of its own, and none in their place: where there are few, that overstates
-        variances against errors (decision 013). The mean of all functionals has others, and charges would have to be fitted each time.
-        """
+        """From structures left out in turn; of energies, where data are few, from fits made anew without a part of them: who is left out
+        has no inducing variables in place of his own, which overstates variances against errors (decision 013)."""
         learned = calibrate.left_out_calibration(found)
         few = self.n_labels <= calibrate.FEW_ANEW and self.structures.n_atoms <= LEFT_OUT
         if not few or self.exact or self.charges or any(isinstance(i.shares, dict) for i in self.recipe.inducings):
@@ -463,8 +459,7 @@ class OnlineFit:
 
     def _anew(self, structures: Structures, targets: Targets) -> Potential:
         """The potential of other labels with these hyperparameters, inducing variables chosen anew; not calibrated."""
-        most = structures.n_atoms
-        fewer = tuple(i.model_copy(update={"n": min(i.n or most, most)}) for i in self.recipe.inducings)
+        fewer = tuple(i.model_copy(update={"n": min(i.n or 1, structures.n_atoms)}) for i in self.recipe.inducings)
         new = _without_noises(self.recipe.model_copy(update={"inducing": fewer}), [(structures, targets)])
         sizes = regression.block_widths(new.models)
         batches = tuple(b.rescaled(RowScales.unit(len(sizes)), self._scales, sizes) for b in new.batches)
