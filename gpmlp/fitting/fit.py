@@ -135,22 +135,14 @@ def _fit_once(
     cost = expected_cost(data.recipe, data.structures, data.targets)
     stages.report(1.0, 1.0, str(cost))
     cost.check()
-    wanted = data.recipe.calibration if data.recipe.variance is not False else False
-    if any(i.functionals == "all" for i in data.recipe.inducings):
-        wanted = False  # leaving a structure out leaves its functionals out as well: none need be set aside
-    about = data.structures, data.targets, wanted, data.recipe.seed, data.groups
-    fitted, held, judged = calibrate.calibration_split(*about)
-    by_errors = data.recipe.calibration
-    atoms = 0 if data.recipe.variance is False else LEFT_OUT * by_errors.atoms if by_errors else AMPLITUDE_ATOMS
-    turns = Turns.of_groups(data.structures, data.targets, judged, atoms, data.recipe.seed, data.groups)
+    fitted, held, judged, turns = _shares(data)
     chosen = _choose_inducing(data, fitted, held, stages)
     data, charges = _with_charges(data, chosen.models, stages)
     if data.charges is not None:
         chosen = _choose_inducing(data, fitted, held, stages)
     trained = _train(data, chosen, fitted, held, turns, stages)
-    models = trained.models
+    models, columns = trained.models, trained.every_charge_rows
     learned = trained.learned.joined(*trained.held) if len(held) else trained.learned
-    columns = trained.every_charge_rows
     stages.begin("posterior")
     solved, given = _solved(trained, learned)
     weights, origin = (solved if given is None else given).weights, dict(provenance or {})
@@ -191,6 +183,17 @@ def _fit_once(
         **numbers,
     )
     return replace(potential, report=report.as_dict()), report, wrong
+
+
+def _shares(data: _Data) -> tuple[Tensor, Tensor, Tensor, Turns]:
+    """Numbers of the structures that are learned from first, that are set aside, and that are judged by; and who is left out in turn."""
+    wanted = data.recipe.calibration if data.recipe.variance is not False else False
+    if any(i.functionals == "all" for i in data.recipe.inducings):
+        wanted = False  # leaving a structure out leaves its functionals out as well: none need be set aside
+    labelled, seed, by_errors = (data.structures, data.targets), data.recipe.seed, data.recipe.calibration
+    fitted, held, judged = calibrate.calibration_split(*labelled, wanted, seed, data.groups)
+    atoms = 0 if data.recipe.variance is False else LEFT_OUT * by_errors.atoms if by_errors else AMPLITUDE_ATOMS
+    return fitted, held, judged, Turns.of_groups(*labelled, judged, atoms, seed, data.groups)
 
 
 def _check_charges(structures: Structures, targets: Targets, recipe: Recipe) -> None:

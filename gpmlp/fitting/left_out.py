@@ -23,6 +23,7 @@ from gpmlp.core.environments import Descriptor, StructureEnvironments
 from gpmlp.core.quantities import KINDS, Prediction, Targets, Variance
 from gpmlp.core.structures import Structures
 from gpmlp.fitting import regression
+from gpmlp.fitting.exact_model import ExactModel
 from gpmlp.fitting.influence import Influence
 from gpmlp.fitting.kept_rows import KeptRows
 from gpmlp.fitting.near_duplicates import IndependentGroups
@@ -181,14 +182,9 @@ def predict_left_out(
     if not chosen:
         return None
     beside, rows = {i: _others_near(structures, i, near or {}) for i in chosen}, rows or KeptRows()
-    errors: dict[int, Tensor] = {}
-    expected: dict[str, Tensor] = {}
+    errors, expected = dict[int, Tensor](), dict[str, Tensor]()
     if given is not None and (exact := models[0].exact) is not None:
-        labels = {i: remaining.forces[structures.structure_of_atom == i].flatten() for i in chosen}
-        left = {i: exact.left_out(given, [i, *beside[i]], labels[i]) for i in chosen}
-        errors, squares = {i: error for i, (error, _) in left.items()}, [left[i][1] for i in chosen]
-        energies = torch.stack([each[0] for each in squares]) / structures.counts[chosen].to(squares[0]).square()
-        expected = {"energies": energies, "forces": torch.cat([each[1:-6] for each in squares])}
+        errors, expected = _exact_errors(exact, given, structures, remaining, chosen, beside)
     workers = workers or Workers()
     wanted: dict[str, Any] = {kind: bool(getattr(remaining, kind).isfinite().any()) for kind in KINDS}
     own = potential.variance_model()
@@ -220,6 +216,22 @@ def predict_left_out(
     block = select(together) if together else None
     apart = LeftOut(block.structures, block.targets, fitted.leave_out_together(block)) if block else None
     return LeftOut(*about, expected, Influence.concatenate(influence), apart)
+
+
+def _exact_errors(
+    exact: ExactModel,
+    given: ExactPosterior,
+    structures: Structures,
+    remaining: Targets,
+    chosen: Sequence[int],
+    beside: dict[int, list[int]],
+) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+    """Errors of each structure left out, where the mean is exact, and by kind the mean squares that its process expects."""
+    labels = {i: remaining.forces[structures.structure_of_atom == i].flatten() for i in chosen}
+    left = {i: exact.left_out(given, [i, *beside[i]], labels[i]) for i in chosen}
+    errors, squares = {i: error for i, (error, _) in left.items()}, [left[i][1] for i in chosen]
+    energies = torch.stack([each[0] for each in squares]) / structures.counts[chosen].to(squares[0]).square()
+    return errors, {"energies": energies, "forces": torch.cat([each[1:-6] for each in squares])}
 
 
 @dataclass(frozen=True, eq=False)
