@@ -159,7 +159,7 @@ class _Counted(OracleCalculator):
 
 
 class GPReactionNetwork:
-    """Explores the reactions around a minimum with few calls of a calculator of ASE (the oracle).
+    """Explores the reactions around a minimum with few calls of a calculator of ASE (the oracle)::
 
         network = GPReactionNetwork(start, EMT())
         network.run(calls=100)
