@@ -210,7 +210,7 @@ def test_network_against_the_oracle(cluster):
 
 def test_calls_are_never_more_than_may_be():
     network = gpmlp.GPReactionNetwork(dimer(), EMT(), ["soft"])
-    assert network.run(calls=1) == "1 oracle calls were spent" and network.calls == 1
+    assert network.run(calls=1).startswith("1 oracle calls were spent") and network.calls == 1
 
 
 def test_search_in_which_the_oracle_fails_is_given_up_and_the_exploration_goes_on(wave):
@@ -284,6 +284,19 @@ def test_exploration_that_spent_its_calls_goes_on_with_more(tmp_path):
     assert (folder / "network/labels.xyz").read_bytes().startswith(before) and "1 → 2" in more.stdout
 
 
+def test_calls_that_do_not_bring_the_start_to_rest_end_the_run_in_a_sentence(tmp_path):
+    folder = written_run(tmp_path)
+    away = dimer()
+    away.positions[1, 0] = 2.25
+    ase.io.write(folder / "start.xyz", away)
+    few = gpmlp_command(folder, "learn", "run.yaml", "--set", "labels_at_most=1")
+    assert few.returncode == 2 and "Traceback" not in few.stderr, few.stderr
+    said = " ".join(few.stderr.split())
+    assert "1 oracle calls were spent before the start was at rest; go on with --resume" in said
+    more = gpmlp_command(folder, "learn", "run.yaml", "--resume")
+    assert more.returncode == 0 and "1 → 2" in more.stdout, more.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -294,6 +307,7 @@ def test_exploration_that_spent_its_calls_goes_on_with_more(tmp_path):
         ({"reactions": None}, "reactions"),
         ({"reactions": {"highest_eV": -1}}, "highest_eV"),
         ({"start": "two.xyz"}, "holds 2 structures"),
+        ({"start": "one.xyz"}, "it has one atom"),
         ({"fixed": [0, 1]}, "all 2 atoms are fixed"),
         ({"labels": ["nowhere.xyz"]}, "there is no such file"),
         ({"labels_at_most": 0}, "labels_at_most"),
@@ -303,6 +317,7 @@ def test_exploration_that_spent_its_calls_goes_on_with_more(tmp_path):
 def test_bad_recipes_are_refused_before_anything_is_written(tmp_path, change, said):
     folder = written_run(tmp_path)
     ase.io.write(folder / "two.xyz", [dimer(), dimer()])
+    ase.io.write(folder / "one.xyz", Atoms("H"))
     recipe = yaml.safe_load((folder / "run.yaml").read_text())
     (folder / "run.yaml").write_text(yaml.safe_dump({**recipe, **change}))
     refused = gpmlp_command(folder, "learn", "run.yaml")

@@ -314,3 +314,8 @@ def test_one_degree_of_freedom():
     assert search.run(fmax=0.05)
     assert search.saddle.barrier == pytest.approx(0.6, abs=0.02)
     assert search.saddle.atoms.positions[1, 0] == pytest.approx(2.0, abs=0.05)
+
+
+def test_one_atom_leads_nowhere():
+    with pytest.raises(UserError, match="it has one atom"):
+        gpmlp.GPSaddle(Atoms("H"), Wave())

@@ -16,7 +16,7 @@ from ase import Atoms
 from gpmlp.core.errors import UserError
 from gpmlp.learning.paths.motions import Motion, bond_changes, fragments, proposed_motions
 from gpmlp.learning.paths.oracle import OracleCalculator, SearchError
-from gpmlp.learning.paths.saddle import FARTHEST, SAME, GPSaddle, SaddleLabel, distance, longest_one
+from gpmlp.learning.paths.saddle import FARTHEST, SAME, GPSaddle, SaddleLabel, check_movable, distance, longest_one
 from gpmlp.learning.paths.same import difference, find_same
 from gpmlp.learning.paths.surface import Surface, surface_recipe
 from gpmlp.learning.paths.vibrations import hessian, saddle_modes
@@ -192,9 +192,10 @@ class GPReactionNetwork:
             surface: labels that are there already.
 
         Raises:
-            UserError: no calculator, a constraint that is not supported, an unknown way or none.
+            UserError: no calculator, a constraint that is not supported, atoms that cannot move against each other, an unknown way or none.
         """
         check_constraints(start, "The start")
+        check_movable(start)
         calculator = start.calc if calculator is None else calculator
         if calculator is None:
             raise UserError("There is no calculator to label structures: give `calculator`, or set that of the start.")
@@ -243,7 +244,8 @@ class GPReactionNetwork:
         """
         oracle = _Counted(self.oracle, calls)
         try:
-            self._begin(oracle, fmax)
+            if not self.minima:
+                self._begin(oracle, fmax)
             while (i := self._next_minimum(highest)) is not None:
                 if len(self.minima) >= minima:
                     self.ended = f"there are {len(self.minima)} minima"
@@ -251,7 +253,7 @@ class GPReactionNetwork:
                 yield from self._searched(i, self._open[i].pop(0), oracle, fmax, foreseen, highest)
             self.ended = f"every way of every minimum up to {highest:g} eV above the start was tried"
         except _CallsSpentError:
-            self.ended = f"{calls} oracle calls were spent"
+            self.ended = f"{calls} oracle calls were spent{'' if self.minima else ' before the start was at rest'}"
 
     def _begin(self, oracle: _Counted, fmax: float) -> None:
         """The start, relaxed."""

@@ -302,7 +302,7 @@ def find_network(
         base, resume: see `relax`.
 
     Raises:
-        UserError: see `relax`.
+        UserError: see `relax`; the oracle calls were spent before the start was at rest.
     """
     start, chosen = read_structure(base / recipe.start, recipe.fixed), recipe.reactions
     GPReactionNetwork(start, object(), chosen.ways)  # what is bad is refused before anything is written
@@ -317,6 +317,8 @@ def find_network(
                 files.log_event("search", **asdict(event))
                 _write_network(network, oracle, base / recipe.output)
             yield event
+        if not network.minima:
+            raise UserError(f"{base / recipe.output}: {network.ended}; go on with --resume and a higher labels_at_most.")
         yield NetworkOutcome(_write_network(network, oracle, base / recipe.output), network)
 
 
