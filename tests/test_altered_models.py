@@ -24,6 +24,7 @@ from gpmlp.io import archive
 from gpmlp.io.model_header import check_header
 from gpmlp.potential.baselines import IsolatedAtoms
 from gpmlp.uncertainty.calibration import Calibration, KnownErrors
+from gpmlp.uncertainty.separation import SeparationScale
 
 NAN, INF = float("nan"), float("inf")
 Tensors = dict[str, torch.Tensor]
@@ -234,6 +235,9 @@ HEADERS: dict[str, Callable] = {
     "calibration kind": put("calibration", "kinds", "charges", {}),
     "calibration source a list": put("calibration", "source", [1]),
     "calibration source count": put("calibration", "source", {"held_out_structures": -1}),
+    "calibration posterior_scale zero": put("calibration", "posterior_scale", 0.0),
+    "choices a text": put("report", "choices", "all"),
+    "choices numbers": put("report", "choices", [1, 2]),
     # variances
     "variances a list": put("variances", []),
     "variances without blocks": drop("variances", "blocks"),
@@ -344,6 +348,8 @@ def calibrated(potential) -> tuple[dict[str, Any], Tensors]:
     source = {"held_out_structures": 30, "held_out_atoms": 600, "how": "here", "names": ["a"]}
     calibration = Calibration.fit(known, source, {kind: torch.ones(3) for kind in known})
     calibration = replace(calibration, typical_novelty=0.5, sample_scale=1.1, unsampled=2.0)
+    apart = SeparationScale(5.0, 6.0, {"energies": 2.0, "forces": 1.5}, 9, 10.0, 2.0)
+    calibration = replace(calibration, posterior_scale=1.2, apart=apart)
     open_ = [
         replace(b, open_directions=({29: 0.1},)) if isinstance(b, IsolatedAtoms) else b for b in potential.baselines
     ]

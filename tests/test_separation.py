@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from systems import structure
 
+from gpmlp.core.errors import UserError
 from gpmlp.core.quantities import Prediction, Variance
 from gpmlp.core.structures import Structures
+from gpmlp.io.model_header import check_header
+from gpmlp.uncertainty import calibration as of_calibration
 from gpmlp.uncertainty import separation
 from gpmlp.uncertainty.calibration import Calibration, calibrate_prediction
 from gpmlp.uncertainty.separation import SeparationScale, farthest_apart, largest_gaps
 
-OPEN = torch.zeros(3, 3, dtype=torch.float64)
+NAN, OPEN = float("nan"), torch.zeros(3, 3, dtype=torch.float64)
 
 
 def pair(gap: float, periodic: bool = False) -> Structures:
@@ -65,9 +70,52 @@ def test_calibration_widens_what_is_apart_and_keeps_it_in_files():
     # of a part alone, of which there are no labels, the process itself says how large the part due to the inducing set is
     alone = apart.within(largest_gaps(every).repeat(7), 10.0)
     assert alone.reach == 10.0 and apart.within(largest_gaps(every).repeat(8), 10.0).reach is None
+    assert apart.within(largest_gaps(every), math.inf).reach is None  # nothing is beyond it
     smaller = replace(calibration, apart=replace(alone, factors={}, prior=9.0))
     assert calibrate_prediction(raw, every, smaller).energies_variance.total.tolist() == pytest.approx([4.0, 12.0])
     assert smaller.with_amplitude(0.5).apart.prior == 18.0
     assert Calibration.from_dict(smaller.as_dict()) == smaller
     sizes = found.forces_covariance.total.diagonal(dim1=1, dim2=2).mean(1)
     assert sizes.tolist() == pytest.approx([4.0] * 4 + [16.0] * 4)
+
+
+def test_gaps_are_not_looked_for_where_nothing_depends_on_them(monkeypatch):
+    every, ones = pair(20.0), torch.ones(1, dtype=torch.float64)
+    raw = Prediction(ones, ones, torch.zeros(len(every.species), 3, dtype=torch.float64), torch.zeros(1, 3, 3))
+    raw = replace(raw, energies_variance=Variance(*[ones] * 4))
+    calls = []
+    monkeypatch.setattr(of_calibration, "largest_gaps", lambda s: calls.append(s) or largest_gaps(s))
+    for apart, wanted in (
+        (SeparationScale(5.0, 6.0, {"energies": 1.0}, 9), 0),
+        (SeparationScale(5.0, 6.0, {}, 9, 10.0), 1),
+    ):
+        calls.clear()
+        calibrate_prediction(raw, every, replace(Calibration.identity(), apart=apart))
+        assert len(calls) == wanted
+
+
+APART = {"begin": 5.0, "full": 6.0, "factors": {"energies": 2.0}, "structures": 9, "reach": 10.0, "prior": 2.0}
+ALTERED = [
+    *({"factors": {"energies": value}} for value in (-2.0, 0, 0.001, 1e300, "2", NAN, [2.0])),
+    *({"factors": value} for value in ([2.0], {"charges": 2.0}, None)),
+    *({"begin": value} for value in ("5", 7.0, -1.0, NAN)),
+    *({"full": value} for value in (4.0, math.inf, None)),
+    *({"reach": value} for value in ("a", math.inf, 0.0)),
+    *({"prior": value} for value in (-1e9, 0, "1")),
+    *({"structures": value} for value in (-1, 1.5)),
+]
+
+
+@pytest.mark.parametrize("changed", [*ALTERED, [1]], ids=str)
+def test_files_that_were_altered_are_refused(changed, potential):
+    header = json.loads(json.dumps(potential.state()[0]))
+    header["calibration"]["apart"] = changed if isinstance(changed, list) else APART | changed
+    with pytest.raises(UserError, match="calibration.apart"):
+        check_header(header)
+
+
+def test_keys_of_other_versions_pass(potential):
+    header = json.loads(json.dumps(potential.state()[0]))
+    header["calibration"]["apart"] = APART | {"of_another_version": 1}
+    check_header(header)
+    assert Calibration.from_dict(header["calibration"]).apart == SeparationScale(**APART)

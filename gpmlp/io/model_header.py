@@ -238,14 +238,30 @@ class _KindCalibration(_Section):
         return self
 
 
+class _Separation(_Section):
+    begin: NotNegative
+    full: NotNegative
+    factors: dict[Kind, Annotated[float, Field(ge=1, le=1e9)]]
+    structures: Count
+    reach: Annotated[float, Field(gt=0, le=1e15)] | None = None
+    prior: Deviation = 1.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> _Separation:
+        if self.begin > self.full:
+            raise ValueError("begin must not be above full")
+        return self
+
+
 class _Calibration(_Section):
     levels: list[float]
     kinds: dict[Kind, _KindCalibration]
     source: _Source
     typical_novelty: Deviation | None = None
     spread: NotNegative | None = None
-    posterior_scale: NotNegative | None = None
+    posterior_scale: Deviation | None = None
     unsampled: NotNegative | None = None
+    apart: _Separation | None = None
 
     @model_validator(mode="after")
     def _of_all_kinds(self) -> _Calibration:
@@ -402,6 +418,7 @@ class _Report(_Section):
     evidence_trace: list[list[float]] = []
     stages: list[Annotated[list[Any], AfterValidator(lambda stage: _stage(stage))]] = []
     warnings: list[str] = []
+    choices: list[str] = []
 
     @model_validator(mode="before")
     @classmethod

@@ -141,7 +141,7 @@ def draw_samples(
     generator = torch.Generator().manual_seed(seed)
     scale, shifts = sample_spread(potential, how) if calibrated else (None, None)
     joint = model.factor if potential.charges is None else potential.charges.joint_factor(model.factor)
-    moves = (scale or 1.0) * _whitened_deviations(joint, k, generator, how)
+    moves = (1.0 if scale is None else scale) * _whitened_deviations(joint, k, generator, how)
     if shifts is not None:
         xi = torch.randn(len(shifts), k, generator=generator, dtype=torch.float64).to(shifts)
         moves += torch.linalg.solve_triangular(joint, shifts.T @ xi, upper=True)

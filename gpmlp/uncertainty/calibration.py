@@ -361,7 +361,7 @@ class Calibration:
             forces = kinds["forces"]
             data = forces.scale**2 * (forces.weights[1] if forces.weights else 1.0)
             unsampled = max(1.0, spread**2 / data) if spread else 1.0
-        apart = SeparationScale(**plain["apart"]) if plain.get("apart") else None
+        apart = plain.get("apart") and SeparationScale.from_dict(plain["apart"])
         return Calibration(kinds, plain["source"], typical, spread, unsampled, plain.get("posterior_scale"), apart)
 
 
@@ -515,7 +515,8 @@ def calibrate_prediction(
     if calibration.typical_novelty is not None and prediction.novelty is not None:
         prediction = widen_by_novelty(prediction, structures, calibration.typical_novelty)
     changed: dict[str, Any] = {}
-    gaps = largest_gaps(structures) if calibration.apart is not None else structures.volumes
+    apart = calibration.apart if calibration.apart and calibration.apart.counts else None
+    gaps = largest_gaps(structures) if apart else structures.volumes
     for name, kind in CALIBRATED_AS.items():
         variance: Variance | None = getattr(prediction, name)
         if variance is None:
@@ -531,12 +532,12 @@ def calibrate_prediction(
             factors = [learned.group(label).std for label in config_types]
             group = torch.tensor(factors, dtype=torch.float64).to(variance.data)
             factor = factor * (group[structures.structure_of_atom] if name in PER_ATOM else group)
-        if calibration.apart is not None:
-            far = calibration.apart.factor(kind, gaps).to(variance.data)
+        if apart:
+            far = apart.factor(kind, gaps).to(variance.data)
             factor = factor * (far[structures.structure_of_atom] if name in PER_ATOM else far)
         changed[name] = calibrate_variance(variance, learned, factor)
-        if calibration.apart is not None and kind == "energies":
-            changed[name] = calibration.apart.of_parts_alone(variance, changed[name], gaps)
+        if apart and kind == "energies":
+            changed[name] = apart.of_parts_alone(variance, changed[name], gaps)
     return replace(prediction, **changed)
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,9 +56,21 @@ class SeparationScale:
         factors = {kind: max(1.0, widening * float(found.mean().sqrt())) for kind, found in squares.items()}
         return SeparationScale(float(gaps.min()), float(gaps.median()), factors, n)
 
+    @staticmethod
+    def from_dict(plain: Mapping[str, Any]) -> SeparationScale:
+        """Restore what dataclasses.asdict gave; what other versions add is left aside."""
+        return SeparationScale(**{f.name: plain[f.name] for f in fields(SeparationScale) if f.name in plain})
+
+    @property
+    def counts(self) -> bool:
+        """Whether any structure has another variance for it."""
+        return self.reach is not None or any(factor != 1.0 for factor in self.factors.values())
+
     def within(self, learned: Tensor, cutoff: float) -> SeparationScale:
-        """With the cutoff as reach, if fewer than FEWEST of the gaps that were learned from are beyond it."""
-        return replace(self, reach=cutoff) if int((learned > cutoff).sum()) < FEWEST else self
+        """With the cutoff as reach, if fewer than FEWEST of the gaps that were learned from are beyond it; nothing is beyond an infinite
+        one."""
+        few = math.isfinite(cutoff) and int((learned > cutoff).sum()) < FEWEST
+        return replace(self, reach=cutoff) if few else self
 
     def with_amplitude(self, amplitude: float) -> SeparationScale:
         """Where the part due to the inducing set is `amplitude` times as large as it was."""
