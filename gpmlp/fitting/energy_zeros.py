@@ -18,13 +18,11 @@ from gpmlp.io.label_checks.totals import isolated_frames
 from gpmlp.io.label_checks.work import ZERO_ADVICE, source_of
 
 KIND = "energies-of-two-zeros"
-FEWEST = 3  # frames of a heap
+FEWEST, FEWEST_NAMED = 5, 4  # frames of a heap found in the residuals; of one with a name, and of all others
 SMALLEST = 5e-3  # eV/atom between heaps: less is a matter of cutoffs and k-points, and of the model
 LENGTH = 0.1  # A, that forces have to be wrong along to make such a difference of an atom's energy
-EXPLAINED = (
-    0.75,
-    0.9,
-)  # of the variance by heaps along names, and of heaps found in the residuals (of one normal heap it is 0.64)
+# of the variance by heaps along names, and of those found in the residuals (one normal heap: 0.64 of many frames, of 10 up to 0.9)
+EXPLAINED = 0.75, 0.9
 
 
 def find_two_zeros(
@@ -42,7 +40,7 @@ def find_two_zeros(
     best: tuple[float, Tensor, str] | None = None
     for name, heap, explained in _heaps(structures, targets, residuals, used):
         other = used & ~heap
-        if min(int(heap.sum()), int(other.sum())) < FEWEST:
+        if min(int(heap.sum()), int(other.sum())) < (FEWEST_NAMED if name else FEWEST):
             continue
         share = _explained(residuals[heap], residuals[other])
         apart = abs(float(residuals[heap].mean() - residuals[other].mean()))

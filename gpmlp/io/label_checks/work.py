@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -172,7 +172,7 @@ def check_work(structures: Structures, targets: Targets, pairs: NearPairs) -> li
     out, judged = [], False
     for source, k in numbers.items():
         part = pairs.select(of_frame[pairs.first] == k)
-        zeros = _two_zeros(structures, targets.config_types, part)
+        zeros = _two_zeros(structures, targets.config_types, of_frame == k, part)
         out += zeros
         if zeros:  # these would upset the slope
             part = part.select(
@@ -307,38 +307,85 @@ def _ends(pairs: NearPairs) -> list[tuple[int, int]]:
     return list(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
 
 
-def _two_zeros(structures: Structures, config_types: Sequence[str], pairs: NearPairs) -> list[Finding]:
-    """Config_types whose energies are off those of another by the same amount per atom, in pairs of near frames of both."""
-    numbers = {name: k for k, name in enumerate(dict.fromkeys(config_types))}
-    of_frame = torch.tensor([numbers[name] for name in config_types], dtype=torch.long)
-    first, second = of_frame[pairs.first], of_frame[pairs.second]
-    turned = torch.where(first < second, 1.0, -1.0) / pairs.atoms
-    deviation = turned * (pairs.energy - pairs.force_work - pairs.stress_work)
-    error = expected_error(pairs) / pairs.atoms
+def _two_zeros(structures: Structures, config_types: Sequence[str], here: Tensor, pairs: NearPairs) -> list[Finding]:
+    """Config_types whose energies are off those of most frames by the same amount per atom, in pairs of near frames of both.
+
+    Args:
+        here: (structures,) bool, frames of the file that the pairs are of.
+    """
+    names = list(dict.fromkeys(config_types))
+    of_frame = torch.tensor([names.index(name) for name in config_types], dtype=torch.long)
+    counts = torch.bincount(of_frame[here], minlength=len(names)).tolist()
+    ends = torch.stack([of_frame[pairs.first], of_frame[pairs.second]])
+    deviation = (pairs.energy - pairs.force_work - pairs.stress_work) / pairs.atoms
     out = []
-    for (a, i), (b, j) in itertools.combinations(numbers.items(), 2):
-        between = (torch.minimum(first, second) == i) & (torch.maximum(first, second) == j)
+    for zeros in _tied(_steps(ends, deviation, pairs)):
+        reference, *others = sorted(_alike(zeros), key=lambda heap: (-sum(counts[k] for k in heap), heap))
+        zero = torch.tensor([zeros.get(k, math.nan) for k in range(len(names))], dtype=torch.float64)
+        for heap in others:
+            inside, known = (torch.isin(ends, torch.tensor(groups)) for groups in (heap, reference))
+            between = (inside[0] & known[1]) | (inside[1] & known[0])
+            between = between if between.any() else inside[0] ^ inside[1]
+            off = float(zero[heap].mean() - zero[reference].mean())
+            rest = deviation[between] - (zero[ends[1]] - zero[ends[0]])[between]
+            mine, most = (
+                ", ".join(names[k] or "frames without a config_type" for k in part) for part in (heap, reference)
+            )
+            text = (
+                f"the energies of {mine} are {off:+.3g} eV/atom off what forces lead to from near frames of {most}, and scatter by "
+                f"{float(1.4826 * rest.abs().nanmedian()):.2g} ({int(between.sum())} pairs): probably they have two zeros (code, "
+                "functional, pseudopotential, settings)."
+            )
+            frames, numbers = example_frames(structures, pairs.select(between)), {"offset_eV_per_atom": off}
+            out.append(Finding("energies-of-two-zeros", "error", text, frames, numbers, ZERO_ADVICE))
+    return out
+
+
+def _steps(ends: Tensor, deviation: Tensor, pairs: NearPairs) -> dict[tuple[int, int], float]:
+    """Zero of the second − that of the first of two groups, eV/atom, where near frames tell it; 0 where it is none beyond its error."""
+    error, found = expected_error(pairs) / pairs.atoms, {}
+    for i, j in itertools.combinations(ends.unique().tolist(), 2):
+        between = (ends.min(0).values == i) & (ends.max(0).values == j)
         if int(between.sum()) < FEWEST_PAIRS:
             continue
-        off = deviation[between].median()
-        scatter = 1.4826 * (deviation[between] - off).abs().median()
-        ends = torch.cat([pairs.first[between], pairs.second[between]]).unique()
-        independent = int(
-            torch.bincount(of_frame[ends]).gather(0, torch.tensor([i, j])).min()
-        )  # frames of the one or the other
-        least = STEADY * scatter / independent**0.5, BEYOND * error[between].median()
-        if independent < FEWEST_PAIRS or off.abs() < max(SMALLEST_DEVIATION, *map(float, least)):
+        turned = torch.where(ends[0] == i, deviation, -deviation)[between]
+        off = turned.median()
+        scatter = 1.4826 * (turned - off).abs().median()
+        frames = torch.stack([pairs.first, pairs.second], 1)[between].flatten()
+        groups = ends.T[between].flatten()
+        independent = min(len(frames[groups == k].unique()) for k in (i, j))  # frames of the one or the other
+        if independent < FEWEST_PAIRS:
             continue
-        text = (
-            f"the energies of {b or 'frames without a config_type'} are {float(off):+.3g} eV/atom off what forces lead to from near frames "
-            f"of {a or 'those without one'}, and scatter by {float(scatter):.2g} ({int(between.sum())} pairs): probably they have two "
-            "zeros (code, functional, pseudopotential, settings)."
-        )
-        frames = example_frames(structures, pairs.select(between))
-        out.append(
-            Finding("energies-of-two-zeros", "error", text, frames, {"offset_eV_per_atom": float(off)}, ZERO_ADVICE)
-        )
-    return out
+        least = SMALLEST_DEVIATION, float(STEADY * scatter / independent**0.5), float(BEYOND * error[between].median())
+        found[i, j] = float(off) if off.abs() >= max(least) else 0.0
+    return found
+
+
+def _tied(steps: Mapping[tuple[int, int], float]) -> Iterator[dict[int, float]]:
+    """Zeros of the groups that steps tie to each other, along the largest steps; of each such set by itself."""
+    left = dict(sorted(steps.items(), key=lambda step: -abs(step[1])))
+    while left:
+        zeros = {next(iter(left))[0]: 0.0}
+        while near := next((ends for ends in left if zeros.keys() & set(ends)), None):
+            (i, j), step = near, left.pop(near)
+            if i in zeros:
+                zeros.setdefault(j, zeros[i] + step)
+            else:
+                zeros[i] = zeros[j] - step
+        yield zeros
+
+
+def _alike(zeros: Mapping[int, float]) -> list[list[int]]:
+    """Groups of one zero."""
+    heaps: list[list[int]] = []
+    last = -math.inf
+    for k in sorted(zeros, key=lambda k: zeros[k]):
+        if zeros[k] - last < SMALLEST_DEVIATION:
+            heaps[-1].append(k)
+        else:
+            heaps.append([k])
+        last = zeros[k]
+    return [sorted(heap) for heap in heaps]
 
 
 def example_frames(structures: Structures, pairs: NearPairs) -> tuple[str, ...]:
