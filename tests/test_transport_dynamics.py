@@ -169,6 +169,29 @@ def test_harmonic_crystal_does_not_diffuse():
     assert any("No activation energy" in note for note in results.notes)
 
 
+def test_a_diffusion_coefficient_in_doubt_has_an_interval_that_holds_zero():
+    """Of displacements that do not grow, that are no line, and of few segments; not of a fluid with many."""
+    name = "diffusion_coefficient_Ar_300K"
+    for replicas, said in (
+        (random_walks(), ""),
+        (random_walks(fluid=False), "as in a solid"),
+        (random_walks(segments=2, members=1, replicas=1), "too few segments"),
+    ):
+        results = analyse_segments(replicas, ["diffusion"], None, "gas")
+        value, other = results[name], SegmentAnalysis(replicas).diffusion_of_velocities()["Ar"].effects(0)
+        assert (value.low_90 == 0) == bool(said) == ("in doubt" in value.about)
+        assert any(said in note for note in results.notes)
+        if said:
+            assert value.low_90 <= 1e3 * max(0, other.value) <= value.high_90 and value.sigma >= value.value / 1.645
+    bent = random_walks()
+    for sums in bent.sums:  # quick motion in a cage that is left ever more slowly
+        sums["msd"] = np.sqrt(sums["msd"])
+    results = analyse_segments(bent, ["diffusion"], None, "gas")
+    velocities = 1e3 * SegmentAnalysis(bent).diffusion_of_velocities()["Ar"].effects(0).value
+    assert results[name].low_90 == 0 and results[name].high_90 >= velocities > 0
+    assert any("not a line" in note for note in results.doubts)
+
+
 def test_without_a_thermostat_energy_is_conserved():
     """The same steps with a time constant that is never reached: Verlet's, whose error falls with the square of the step."""
     drifts = []

@@ -22,7 +22,7 @@ import numpy as np
 from gpmlp.core.errors import UserError, check_positive, chemical_symbol
 from gpmlp.core.units import BOLTZMANN, GPA
 from gpmlp.properties.dynamics import Replicas
-from gpmlp.properties.statistics import RandomEffects, random_effects
+from gpmlp.properties.statistics import FREEDOM, RandomEffects, random_effects
 from gpmlp.properties.values import PropertyCurve, PropertyValue
 from gpmlp.uncertainty.timeseries import correlation_time
 
@@ -33,6 +33,10 @@ IMAGES = 2.837297  # of a cubic lattice
 ROUGHEST = 0.35  # relative error of a member's D up to which its logarithm is taken
 UNCORRECTED = "of D in the periodic cell, without correction for its images"
 DISAGREE = 3.0  # standard errors
+GROWN = (
+    1.5  # times a mean-square displacement grows over the late lags where atoms diffuse; 4 without cages, 1 in a solid
+)
+REACH_90 = 1.645  # standard deviations
 CUBIC = 1.1  # largest ratio of heights of a cell that is taken for a cube
 
 
@@ -245,6 +249,11 @@ class SegmentAnalysis:
         errors = np.nanmean(bends.errors, axis=0) / np.sqrt(np.isfinite(bends.values).sum(0))
         return np.nan_to_num(np.nanmean(bends.values, axis=0) / np.where(errors > 0, errors, np.nan))
 
+    def growth(self, s: int, k: int) -> float:
+        """By what factor the mean-square displacement of a species at the k-th temperature grows over the late lags."""
+        late = self.curve("msd", s, k)[0][self.late]
+        return float(late[-1] / late[0]) if late[0] > 0 else math.nan
+
     def viscosity(self) -> MemberAverages:
         """η = ⟨ΔG²⟩'/(2 V kT), mPa s."""
         thermal = BOLTZMANN * self.settings.copies_K
@@ -310,19 +319,12 @@ def _add_diffusion(
     said = f"slope of the mean-square displacement from {FIRST * analysis.lags[-1] / 1000:.3g} to {analysis.lags[-1] / 1000:.3g} ps"
     for s, (symbol, averages) in enumerate(analysis.diffusion().items()):
         results.freedom = min(results.freedom, averages.freedom.min())
+        doubtful = False
         for k, t in enumerate(temperatures):
-            effects = averages.effects(k)
+            effects, other = averages.effects(k), by_velocities[symbol].effects(k)
             value = effects.as_value(
                 f"diffusion_coefficient_{symbol}_{t:g}K", "A^2/ps", PER_PS, 0.0, about=said, **about
             )
-            results.values.append(value)
-            other = by_velocities[symbol].effects(k)
-            if abs(other.value - effects.value) > DISAGREE * math.hypot(other.statistical, effects.statistical):
-                velocities, slope = PER_PS * other.value, PER_PS * effects.value
-                results.doubts.append(
-                    f"D of {symbol} at {t:g} K is {slope:.3g} A^2/ps by displacements and {velocities:.3g} by velocities: motion is not "
-                    "diffusive yet within these lags, or records are too far apart; take longer segments."
-                )
             for kind, label, unit in (
                 ("msd", "mean_square_displacement", "A^2"),
                 ("vacf", "velocity_autocorrelation", "(A/fs)^2"),
@@ -331,13 +333,26 @@ def _add_diffusion(
                 results.curves.append(
                     PropertyCurve(f"{label}_{symbol}_{t:g}K", analysis.lags, "time", "fs", value_of, sigma, unit)
                 )
+            doubts = _doubts(f"D of {symbol} at {t:g} K", effects, other, analysis.growth(s, k))
+            results.doubts += doubts
+            few = averages.freedom[k] < FREEDOM
+            if few:
+                results.notes.append(
+                    f"D of {symbol} at {t:g} K is from too few segments to tell whether motion is diffusive: its interval holds zero."
+                )
+            if few or doubts or abs(linearity[symbol][k]) > DISAGREE:
+                value, doubtful = _in_doubt(value, PER_PS * other.value), True
+            results.values.append(value)
         bend = max(linearity[symbol], key=abs)
         if abs(bend) > DISAGREE:
             results.doubts.append(
                 f"The mean-square displacement of {symbol} is not a line yet within the lags ({bend:+.1f} standard errors "
                 "between the slopes of its later and earlier half): take longer segments."
             )
-        _add_arrhenius(results, symbol, temperatures, averages, about)
+        if doubtful and len(temperatures) > 1:
+            results.notes.append(f"No activation energy of {symbol}: some D is in doubt.")
+        else:
+            _add_arrhenius(results, symbol, temperatures, averages, about)
     if viscosities:
         _add_infinite(results, analysis, viscosities)
         return
@@ -345,6 +360,33 @@ def _add_diffusion(
         "D is that of a periodic cell, smaller than in a large system by 2.84 kT/(6 pi viscosity L) in a fluid; with viscosity among what "
         "is asked for it is corrected (Yeh, Hummer) in cells that are nearly cubes."
     )
+
+
+def _doubts(what: str, displacements: RandomEffects, velocities: RandomEffects, growth: float) -> list[str]:
+    """Why this D may be none, beyond statistics."""
+    found = []
+    if abs(velocities.value - displacements.value) > DISAGREE * math.hypot(
+        velocities.statistical, displacements.statistical
+    ):
+        slope, integral = PER_PS * displacements.value, PER_PS * velocities.value
+        found.append(
+            f"{what} is {slope:.3g} A^2/ps by displacements and {integral:.3g} by velocities: motion is not "
+            "diffusive yet within these lags, or records are too far apart; take longer segments."
+        )
+    if not growth > GROWN:
+        found.append(
+            f"{what} may be zero: the mean-square displacement grows by a factor of {growth:.2f} only over these lags, "
+            "as in a solid; if atoms do diffuse, take longer segments."
+        )
+    return found
+
+
+def _in_doubt(value: PropertyValue, other: float) -> PropertyValue:
+    """D with an interval that holds zero and the other estimate, as a slope that is none of diffusion says no more."""
+    low, high = min(value.low_90, 0.0), max(value.high_90, other)
+    sigma = max(value.sigma, max(value.value - low, high - value.value) / REACH_90)
+    about = f"{value.about}; in doubt, so that the interval holds zero and the value by velocities"
+    return replace(value, low_90=low, high_90=high, sigma=sigma, about=about)
 
 
 def _add_infinite(results: TransportResults, analysis: SegmentAnalysis, viscosities: list[PropertyValue]) -> None:
@@ -367,11 +409,11 @@ def _no_correction(
     if heights.max() > CUBIC * heights.min():
         sides = ", ".join(f"{height:.3g}" for height in heights)
         return f"it is that of a cubic cell, and this one has heights of {sides} A"
+    if bend > DISAGREE:
+        return "displacements, or the moments of the viscosity, are not lines yet within the lags"
     for d in diffusion:
         if d.value <= DISAGREE * d.parts["statistical"] or not d.low_90 > 0:
             return f"it is that of a fluid, and {d.name} is not above zero beyond its error, as in a solid"
-    if bend > DISAGREE:
-        return "displacements, or the moments of the viscosity, are not lines yet within the lags"
     if not 0 < viscosity.parts["statistical"] < ROUGHEST * viscosity.value:
         return f"the viscosity is not known to {100 * ROUGHEST:.0f} % yet"
     return ""
