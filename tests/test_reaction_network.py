@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import ase.io
@@ -71,10 +72,10 @@ def wave() -> dict:
 
 @pytest.fixture(scope="module")
 def cluster() -> gpmlp.GPReactionNetwork:
-    """Four copper atoms: rhombus, and what it leads to."""
+    """Four copper atoms from the rhombus, at rest on the way between two tetrahedra, and what it leads to."""
     start = Atoms("Cu4", [[0, 0, 0], [2.3, 0, 0], [1.15, 2.0, 0], [3.45, 2.0, 0]])
     network = gpmlp.GPReactionNetwork(start, EMT(), ["soft"])
-    network.run(calls=22)
+    network.run(calls=26)
     return network
 
 
@@ -185,12 +186,13 @@ def test_the_energy_tells_structures_apart(wave):
 
 
 def test_network_against_the_oracle(cluster):
-    """BFGS on the oracle gets hardly below the minima, its forces vanish at the saddles, and barriers are differences of its energies."""
-    assert len(cluster.minima) >= 2 and cluster.reactions and cluster.calls <= 22
+    """BFGS on the oracle from beside them gets hardly below the minima; forces vanish at the saddles; barriers are its differences."""
+    assert cluster.minima and cluster.reactions and cluster.calls <= 26
     for minimum in cluster.minima:
         below = minimum.atoms.copy()
         below.calc = EMT()
         assert minimum.atoms.get_potential_energy() == pytest.approx(below.get_potential_energy(), abs=1e-9)
+        below.rattle(0.05, seed=1)
         BFGS(below, logfile=None).run(fmax=0.002)
         lower = minimum.atoms.get_potential_energy() - below.get_potential_energy()
         assert -1e-6 < lower < 0.005 and find_same(below, [minimum.atoms]) == 0
@@ -219,6 +221,37 @@ def test_search_in_which_the_oracle_fails_is_given_up_and_the_exploration_goes_o
     searches = [event for event in events if isinstance(event, Search)]
     assert any("too far apart" in search.outcome for search in searches) and len(searches) >= 2
     assert "every way" in network.ended and all(isinstance(e, (Search, NetworkLabel)) for e in events)
+
+
+def test_what_goes_down_along_a_mode_is_no_minimum(wave):
+    """At rest on the top of its wave, the start is pushed off it and relaxes to a minimum of the oracle."""
+    top = dimer()
+    top.positions[1, 0] = 2.592  # forces below fmax
+    top.calc = wave["Wave"]()
+    assert np.abs(top.get_forces()).max() < 0.03
+    network = gpmlp.GPReactionNetwork(top, wave["Wave"](), ["soft"])
+    network.surface = network.surface.with_oracle(moved(top, 2.5)).with_oracle(moved(top, 2.7))
+    network.run(calls=1)
+    assert network.minima[0].doubt.startswith("not a minimum: curvature -") and network.calls == 1
+    network = gpmlp.GPReactionNetwork(top, wave["Wave"](), ["soft"], surface=network.surface)
+    network.run(calls=12, highest=1.0)
+    first = network.minima[0]
+    assert not first.doubt and first.softest > 1 and min(abs(first.atoms.positions[1, 0] - np.array([2, 3.2]))) < 0.05
+    assert np.linalg.norm(first.atoms.get_forces(), axis=1).max() < 0.03
+
+
+def moved(atoms: Atoms, x: float) -> Atoms:
+    there = atoms.copy()
+    there.positions[1, 0], there.calc = x, atoms.calc
+    return there
+
+
+def test_barriers_that_are_not_above_zero_are_doubted(cluster):
+    reaction = cluster.reactions[0]
+    assert not reaction.doubt and not any(m.doubt for m in cluster.minima)
+    low = replace(reaction, backward=reaction.sigma_backward)
+    assert low.doubt == "no barrier above zero within its 90 % interval"
+    assert replace(low, doubtful_ends=(2,)).doubt.startswith("2 is not a minimum; no barrier")
 
 
 def written_run(folder: Path) -> Path:

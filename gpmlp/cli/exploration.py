@@ -67,7 +67,7 @@ def network_tables(numbers: Mapping[str, Any], folder: Path, page: Path) -> list
             str(m["number"]),
             f"{m['energy_eV']:.3f}",
             f"{m['sigma_eV']:.2g}",
-            literal(m["fragments"]),
+            _with_doubt(literal(m["fragments"]), m["doubt"]),
             str(m["ways_left"]),
         )
     reactions = Table("reaction", "barrier / eV", "90 % interval", "back / eV", "i / cm^-1", "bonds", title="Reactions")
@@ -76,7 +76,7 @@ def network_tables(numbers: Mapping[str, Any], folder: Path, page: Path) -> list
         imaginary = ", ".join(f"{f:.0f}" for f in r["imaginary_frequencies_per_cm"])
         step = f"{r['number']}: {r['from']} → {r['to']}"
         barriers = f"{r['barrier_eV']:.3f}", f"{low:.3f} to {high:.3f}", f"{r['reverse_barrier_eV']:.3f}"
-        reactions.add_row(step, *barriers, imaginary, literal(r["bonds"]))
+        reactions.add_row(step, *barriers, imaginary, _with_doubt(literal(r["bonds"]), r["doubt"]))
     pairs = [
         ("why it ended", numbers["ended"]),
         ("oracle calls", f"{numbers['oracle_calls']}, in {len(numbers['searches'])} searches"),
@@ -85,3 +85,7 @@ def network_tables(numbers: Mapping[str, Any], folder: Path, page: Path) -> list
         ("numbers, labels", f"network.json, labels.xyz in {folder}"),
     ]
     return [minima, reactions, pairs_table("Exploration", pairs)]
+
+
+def _with_doubt(text: str, doubt: str) -> str:
+    return f"{text} [yellow]{literal(doubt)}[/]".strip() if doubt else text

@@ -14,9 +14,19 @@ import numpy as np
 from ase import Atoms
 
 from gpmlp.core.errors import UserError
+from gpmlp.learning.paths.minimizer import relaxed_surface
 from gpmlp.learning.paths.motions import Motion, bond_changes, fragments, proposed_motions
 from gpmlp.learning.paths.oracle import OracleCalculator, SearchError
-from gpmlp.learning.paths.saddle import FARTHEST, SAME, GPSaddle, SaddleLabel, check_movable, distance, longest_one
+from gpmlp.learning.paths.saddle import (
+    APART,
+    FARTHEST,
+    SAME,
+    GPSaddle,
+    SaddleLabel,
+    check_movable,
+    distance,
+    longest_one,
+)
 from gpmlp.learning.paths.same import difference, find_same
 from gpmlp.learning.paths.surface import Surface, surface_recipe
 from gpmlp.learning.paths.vibrations import hessian, saddle_modes
@@ -33,6 +43,9 @@ ALIKE = 0.05  # A; ways whose first steps differ by less are one by symmetry
 ONE_WAY = 0.8  # overlap with another way, of which a soft mode is no other one
 SOFTEST = 0.2  # eV/A^2; softer modes count as that stiff where forces are left
 LEVEL_90 = 1.645
+FLAT = 0.02  # eV/A^2; a minimum has no curvature below minus that
+SETTLED = 0.1  # of the limit of forces, below which a flat mode would stop where it was pushed
+PUSHES = 3  # off what is at rest and no minimum, each twice as far as the one before
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +69,11 @@ class Minimum:
     softest: float
     found_in: int
 
+    @property
+    def doubt(self) -> str:
+        """Why it is none, in words; '' where it is one."""
+        return f"not a minimum: curvature {self.softest:.2f} eV/A^2" if self.softest < -FLAT else ""
+
 
 @dataclass(frozen=True, eq=False)
 class Reaction:
@@ -63,6 +81,7 @@ class Reaction:
 
     Attributes:
         number: from 1; first, second: numbers of the minima, equal where both are one but for the order of its atoms.
+        doubtful_ends: numbers of those that are no minima.
         start, saddle, end: in one order of atoms; mode: (atoms, 3), that which goes down, from the start to the end.
         energy: above that of the first structure of all, eV; forward, backward: barriers, eV; sigma, sigma_backward: as of a minimum, eV.
         bonds: lost and won from the first to the second; imaginary: frequencies by the model, cm^-1.
@@ -84,6 +103,15 @@ class Reaction:
     bonds: str
     imaginary: list[float]
     found_in: int
+    doubtful_ends: tuple[int, ...] = ()
+
+    @property
+    def doubt(self) -> str:
+        """Why it is no reaction over a barrier, in words; '' where it is one."""
+        said = [f"{n} is not a minimum" for n in self.doubtful_ends]
+        if min(self.interval[0], self.interval_backward[0]) <= 0:
+            said.append("no barrier above zero within its 90 % interval")
+        return "; ".join(said)
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -259,8 +287,8 @@ class GPReactionNetwork:
         """The start, relaxed."""
         search = GPSaddle(self.start, oracle, "random", surface=self.surface)
         search.begin(fmax)
-        self.surface = search.surface
-        self._add_minimum(search.start, search.surface, 0)
+        start, self.surface = _settled(search.start, search.surface, oracle, fmax, "the start")
+        self._add_minimum(start, self.surface, 0)
 
     def _next_minimum(self, highest: float) -> int | None:
         """That of which the fewest ways were tried, among these the lowest."""
@@ -288,7 +316,7 @@ class GPReactionNetwork:
         try:
             for label in search.irun(fmax, PER_SEARCH, foreseen, highest + OVER - minimum.energy):
                 yield NetworkLabel(number, minimum.number, way.name, oracle.spent, label)
-            reaction, outcome = self._outcome(search, number)
+            reaction, outcome = self._outcome(search, number, oracle, fmax)
         except SearchError as error:
             outcome = f"given up: {error}"
         finally:
@@ -303,7 +331,7 @@ class GPReactionNetwork:
         chosen = sorted(k for k in np.argsort(away, kind="stable")[:NEAREST] if np.isfinite(away[k]))
         return replace(self.surface, labels=tuple(self.surface.labels[k] for k in chosen))
 
-    def _outcome(self, search: GPSaddle, number: int) -> tuple[int | None, str]:
+    def _outcome(self, search: GPSaddle, number: int, oracle: _Counted, fmax: float) -> tuple[int | None, str]:
         if search.known is not None:
             return search.known + 1, f"reaction {search.known + 1} again"
         if search.too_high and not search.converged:
@@ -314,18 +342,30 @@ class GPReactionNetwork:
         again = find_same(found.atoms, [r.saddle for r in self.reactions], found.atoms.get_potential_energy())
         if again is not None:
             return again + 1, f"reaction {again + 1} again"
-        first, second = found.sides
-        if distance(first, second) < SAME:
+        if distance(*found.sides) < SAME:
             return None, "both sides are one minimum"
-        numbers = [self._minimum_of(side, search.surface, number) for side in (first, second)]
-        self._add_reaction(search, numbers, number)
+        numbers, sides = [], []
+        for side in found.sides:
+            at, place = self._minimum_of(side, search, number, oracle, fmax)
+            numbers.append(at)
+            sides.append(place)
+        if distance(*sides) < SAME:
+            return None, "both sides are one minimum"
+        self._add_reaction(search, numbers, sides, number)
         reaction = self.reactions[-1]
-        return reaction.number, f"reaction {reaction.number}: {reaction.first} → {reaction.second}"
+        doubt = f" ({reaction.doubt})" if reaction.doubt else ""
+        return reaction.number, f"reaction {reaction.number}: {reaction.first} → {reaction.second}{doubt}"
 
-    def _minimum_of(self, side: Atoms, surface: Surface, number: int) -> int:
-        """The number of a side among the minima, to which it is added if it is new."""
-        i = find_same(side, [m.atoms for m in self.minima], side.get_potential_energy())
-        return self.minima[i].number if i is not None else self._add_minimum(side, surface, number)
+    def _minimum_of(
+        self, side: Atoms, search: GPSaddle, number: int, oracle: _Counted, fmax: float
+    ) -> tuple[int, Atoms]:
+        """The number of a side among the minima, to which it is added if it is new, and where it is at rest."""
+        for _ in range(2):  # where it was and where it settled
+            i = find_same(side, [m.atoms for m in self.minima], side.get_potential_energy())
+            if i is not None:
+                return self.minima[i].number, side
+            side, search.surface = _settled(side, search.surface, oracle, fmax, "a side of the saddle", search.atoms)
+        return self._add_minimum(side, search.surface, number), side
 
     def _add_minimum(self, atoms: Atoms, surface: Surface, found_in: int) -> int:
         curvatures, vectors = _curvatures(surface, atoms)
@@ -339,10 +379,10 @@ class GPReactionNetwork:
         self._open.append(self._ways(atoms, vectors))
         return len(self.minima)
 
-    def _add_reaction(self, search: GPSaddle, numbers: list[int], found_in: int) -> None:
+    def _add_reaction(self, search: GPSaddle, numbers: list[int], sides: list[Atoms], found_in: int) -> None:
         found = search.saddle
         assert found is not None
-        minima, sides, mode = [self.minima[n - 1] for n in numbers], list(found.sides), found.mode
+        minima, mode = [self.minima[n - 1] for n in numbers], found.mode
         if numbers[0] > numbers[1]:
             minima, sides, mode = minima[::-1], sides[::-1], -mode
         energy = found.atoms.get_potential_energy()
@@ -366,6 +406,7 @@ class GPReactionNetwork:
                 bond_changes(*sides),
                 saddle_modes(search.surface, found.atoms).imaginary,
                 found_in,
+                tuple(dict.fromkeys(m.number for m in minima if m.doubt)),
             )
         )
 
@@ -391,6 +432,28 @@ class GPReactionNetwork:
             if all(difference(step, other) > ALIKE for other in steps):
                 ways, steps = [*ways, way], [*steps, step]
         return [*ways, *([_Way("uncertain", "uncertain", np.zeros(0))] if "uncertain" in self.ways else [])]
+
+
+def _settled(
+    atoms: Atoms, surface: Surface, oracle: _Counted, fmax: float, what: str, saddle: Atoms | None = None
+) -> tuple[Atoms, Surface]:
+    """Atoms at rest, pushed along a mode that goes down, away from a saddle, and relaxed again while there is one, and the surface with
+    the labels of that; as far as it comes with PUSHES and the calls of the oracle."""
+    for k in range(PUSHES):
+        curvatures, vectors = _curvatures(surface, atoms)
+        if curvatures[0] >= -FLAT:
+            break
+        away = atoms.get_forces(apply_constraint=False) if saddle is None else atoms.positions - saddle.positions
+        pushed = atoms.copy()
+        pushed.positions += (-1 if away.ravel() @ vectors[:, 0] < 0 else 1) * 2**k * APART * longest_one(vectors[:, 0])
+        pushed.calc, oracle.reason = oracle, f"{what}, off a place that is no minimum"
+        try:
+            surface = relaxed_surface(pushed, surface, SETTLED * fmax, what)
+        except (_CallsSpentError, SearchError):
+            break
+        pushed.calc = surface.labels[-1].calc
+        atoms = pushed
+    return atoms, surface
 
 
 def _curvatures(surface: Surface, atoms: Atoms) -> tuple[np.ndarray, np.ndarray]:

@@ -318,7 +318,9 @@ def find_network(
                 _write_network(network, oracle, base / recipe.output)
             yield event
         if not network.minima:
-            raise UserError(f"{base / recipe.output}: {network.ended}; go on with --resume and a higher labels_at_most.")
+            raise UserError(
+                f"{base / recipe.output}: {network.ended}; go on with --resume and a higher labels_at_most."
+            )
         yield NetworkOutcome(_write_network(network, oracle, base / recipe.output), network)
 
 
@@ -356,6 +358,7 @@ def network_numbers(network: GPReactionNetwork, key: Callable[[Atoms], str]) -> 
             "sigma_eV": m.sigma,
             "fragments": m.fragments,
             "lowest_curvature_eV_per_A2": m.softest,
+            "doubt": m.doubt,
             "found_in_search": m.found_in,
             "ways_left": network.ways_left(m),
             "frame": m.number - 1,
@@ -377,6 +380,7 @@ def network_numbers(network: GPReactionNetwork, key: Callable[[Atoms], str]) -> 
             "reverse_barrier_sigma_eV": r.sigma_backward,
             "reverse_barrier_90_eV": r.interval_backward,
             "imaginary_frequencies_per_cm": r.imaginary,
+            "doubt": r.doubt,
             "found_in_search": r.found_in,
             "frame": r.number - 1,
             "labels": [

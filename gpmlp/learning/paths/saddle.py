@@ -147,8 +147,8 @@ class GPSaddle:
             softens: turn a direction that is given to soft modes on the way, as the others do.
 
         Raises:
-            UserError: no calculator, a constraint that is not supported, atoms that cannot move against each other, a direction that is none,
-                or that nothing can move along.
+            UserError: no calculator, a constraint that is not supported, atoms that cannot move against each other, a direction that is
+                none, or that nothing can move along.
         """
         check_constraints(start, "The start")
         check_movable(start)
@@ -457,7 +457,9 @@ def check_movable(start: Atoms) -> None:
     """Raise UserError for atoms that cannot move against each other or what is held: one atom, for instance."""
     if not free_motions(start).shape[1]:
         atoms = "it has one atom" if len(start) == 1 else f"its {len(start)} atoms cannot move against each other"
-        raise UserError(f"The start: {atoms}, so that no reaction leads away from it; give a structure that can change.")
+        raise UserError(
+            f"The start: {atoms}, so that no reaction leads away from it; give a structure that can change."
+        )
 
 
 def given_direction(atoms: Atoms, direction: np.ndarray | Mapping[int, Sequence[float]]) -> np.ndarray:

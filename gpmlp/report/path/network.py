@@ -31,14 +31,14 @@ def network_page(outcome: NetworkOutcome, recipe: Mapping[str, Any]) -> Page:
         "reactions": [(r, draw_structure(r.saddle, r.mode, f"saddle {r.number}", r.mode)) for r in network.reactions],
     }
     tiles = [
-        (str(len(network.minima)), "minima"),
-        (str(len(network.reactions)), "reactions"),
+        (str(sum(not m.doubt for m in network.minima)), "minima"),
+        (str(sum(not r.doubt for r in network.reactions)), "reactions"),
         (str(numbers["oracle_calls"]), "oracle calls"),
         (str(len(network.searches)), "searches"),
     ]
     sections = [
         Section("network", "Where does it lead?", "", _led(network)),
-        Section("minima", "Which minima are there?", "", "Energies above the start's, at rest by the oracle, with σ."),
+        Section("minima", "Which minima are there?", "", _rest(network)),
         Section("reactions", "How high are the barriers?", "", _barriers(network)),
         Section("searches", "What was tried?", "", f"{len(network.searches)} searches; it ended as {network.ended}."),
         SETTINGS,
@@ -78,15 +78,24 @@ def _led(network: GPReactionNetwork) -> str:
     )
 
 
+def _rest(network: GPReactionNetwork) -> str:
+    doubted = sum(bool(m.doubt) for m in network.minima)
+    more = f" {doubted} of them still had a mode that goes down, by the model." if doubted else ""
+    return f"Energies above the start's, at rest by the oracle, with σ.{more}"
+
+
 def _barriers(network: GPReactionNetwork) -> str:
     if not network.reactions:
         return "No reaction was found."
-    lowest = min(network.reactions, key=lambda r: r.forward)
+    sound = [r for r in network.reactions if not r.doubt]
+    if not sound:
+        return f"{len(network.reactions)} places with a mode that goes down were found, but no barrier that is sure; the table says why."
+    lowest, doubted = min(sound, key=lambda r: r.forward), len(network.reactions) - len(sound)
     sure = sum(len(r.imaginary) == 1 for r in network.reactions)
     return (
         f"The lowest is {lowest.forward:.3f} ± {lowest.sigma:.2g} eV, of reaction {lowest.number}. {sure} of "
         f"{len(network.reactions)} saddles have one imaginary frequency by the model. σ: noise of the labels, and what the forces that are "
-        "left may hide."
+        f"left may hide.{f' {doubted} are no reactions over a barrier; the table says why.' if doubted else ''}"
     )
 
 
