@@ -116,6 +116,15 @@ def test_what_cannot_move_is_refused(potential):
         gpmlp.compute_properties(potential, slab, ["msd"])
 
 
+def test_too_few_samples_and_too_short_trajectories_are_refused(potential):
+    atoms = bulk("Cu", cubic=True)
+    for chosen in (RadialDistributions(), MeanSquareDisplacements()):
+        with pytest.raises(UserError, match=f"{chosen.name}: 2 samples are too few"):
+            gpmlp.compute_properties(potential, atoms, [chosen], samples=2)
+    with pytest.raises(ValueError, match="length_ps .0.8. must be at least two of segment_ps .2."):
+        RadialDistributions(length_ps=0.8)
+
+
 def test_command(model_file, tmp_path, capsys):
     ase.io.write(tmp_path / "cu.xyz", bulk("Cu", cubic=True))
     command = ["properties", str(model_file), str(tmp_path / "cu.xyz"), "-o", str(tmp_path / "out"), "--samples", "4"]
@@ -129,5 +138,7 @@ def test_command(model_file, tmp_path, capsys):
     assert all(value["parts"]["statistical"] > 0 and value["sigma"] > 0 for value in values.values())
     curves = {curve["name"] for curve in json.loads((tmp_path / "out/curves.json").read_text())}
     assert curves >= {"radial_distribution_Cu_Cu_100K", "mean_square_displacement_Cu_100K"}
+    assert main([*command, "--only", "rdf", "--set", "rdf.length_ps=0.8"]) == 2
+    assert "must be at least two of segment_ps (2)" in capsys.readouterr().err
     page = (tmp_path / "out/properties.html").read_text()
     assert "radial distribution" in page.lower() and "diffusion_coefficient_Cu_100K" in said.out

@@ -23,6 +23,7 @@ from gpmlp.core.errors import UserError
 from gpmlp.core.units import BOLTZMANN
 from gpmlp.potential.potential import Potential
 from gpmlp.properties import transport_results
+from gpmlp.properties.static_averages import BINS
 from gpmlp.properties.statistics import random_effects, reweighted_averages
 from gpmlp.properties.transport import TransportRun, TransportSettings
 from gpmlp.properties.transport_results import (
@@ -294,6 +295,31 @@ def test_a_run_that_is_over_goes_on_when_more_is_asked_for(potential: Potential,
     assert "no state of a run" in capsys.readouterr().err
 
 
+def test_trajectories_are_no_longer_than_asked_for(potential: Potential):
+    """Of whole segments, of which no third one fits."""
+    results = gpmlp.transport(potential, bulk("Cu", cubic=True), settings_of(samples=0, length_ps=0.27))
+    assert results.time_ps == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("second", ["Cu", "Al"])
+def test_radial_distributions_that_an_earlier_version_began(potential: Potential, tmp_path, second):
+    """Of one element they are those of its only pair; of two they are left out, in later runs too, and said to be."""
+    atoms = bulk("Cu", cubic=True)
+    run = TransportRun(potential, atoms, settings_of(what=("energy", "rdf")), tmp_path, resume=False)
+    rng, (copies,) = np.random.default_rng(0), run.replicas.settings.copies_K.shape
+    old = {"energies": rng.normal(size=(9, 1, copies)), "pressures": rng.normal(size=(9, 1, copies))}
+    old = {f"static/{name}": frames for name, frames in old.items()} | {"static/rdf": np.ones((9, copies, BINS))}
+    run.close()
+    run.static.samples, run.static.pairs = None, [(29, 29)] if second == "Cu" else [(13, 13), (13, 29), (29, 29)]
+    for state in (old, None):
+        run.static.restore(run.static.state() if state is None else state)
+        _, curves, _ = run.static.averages({})
+        assert [curve.name for curve in curves] == [
+            f"radial_distribution_Cu_Cu_{t}K" for t in (300, 400) if second == "Cu"
+        ]
+        assert bool(run.static.lost) == (second == "Al") and all(curve.value.mean() == 1 for curve in curves)
+
+
 def test_a_run_interrupted_at_once_goes_on(potential: Potential, tmp_path):
     atoms = bulk("Cu", cubic=True)
     whole = gpmlp.transport(potential, atoms, settings_of(), tmp_path / "whole")
@@ -338,7 +364,9 @@ def test_the_time_limit_ends_it(potential: Potential):
     results = gpmlp.transport(potential, bulk("Cu", cubic=True), settings_of(time_limit_s=1.0, length_ps=1e6))
     assert "time limit" in results.stopped
     with pytest.raises(UserError, match="Two segments"):
-        gpmlp.transport(potential, bulk("Cu", cubic=True), settings_of(time_limit_s=1e-3, segment_ps=10.0))
+        gpmlp.transport(
+            potential, bulk("Cu", cubic=True), settings_of(time_limit_s=1e-3, segment_ps=10.0, length_ps=20.0)
+        )
 
 
 def test_the_time_limit_counts_from_where_a_run_is_resumed(potential: Potential, tmp_path):
@@ -366,6 +394,7 @@ def test_the_time_limit_counts_from_where_a_run_is_resumed(potential: Potential,
         ({"replicas": 0}, "replicas"),
         ({"timestep_fs": 0.0}, "timestep_fs"),
         ({"timestep_fs": -1.0}, "timestep_fs"),
+        ({"length_ps": 0.15}, "`length_ps` .0.15. is shorter than two segments of 0.1 ps"),
     ],
 )
 def test_settings_that_are_refused(potential: Potential, changes, message):

@@ -137,6 +137,10 @@ def compute_properties(
     potential.check_species(structures_from_ase(given, structure_names(given)))
     chosen = _chosen(given, what)
     still = [each for each in chosen if not isinstance(each, Motion)]
+    if potential.variances is not None:
+        for each in chosen:
+            if isinstance(each, Motion):
+                each.check_samples(samples)
     surface, say = EnergySurface(potential), progress or (lambda *_: None)
     tasks, failures = plan_all(surface, still, given, say)
     failures = [*left_out(chosen, given), *failures]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from ase import Atoms
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from gpmlp.core.errors import UserError
 from gpmlp.potential.potential import Potential
 from gpmlp.properties.lattice_dynamics import supercell_repeats
 from gpmlp.properties.plan import Calculation, Plan
 from gpmlp.properties.surface import EnergySurface, Failed, Progress, structure_names
-from gpmlp.properties.transport import TransportSettings, transport
+from gpmlp.properties.transport import SEGMENTS, TransportSettings, transport
 from gpmlp.properties.transport_results import TransportResults
 
 ACROSS = 10.0  # A, of the cell that moves, at least
@@ -42,6 +43,15 @@ class Motion(Calculation):
     timestep_fs: Picoseconds | None = None
     most_atoms: Annotated[int, Field(ge=2)] = 200
 
+    @model_validator(mode="after")
+    def _two_segments(self) -> Self:
+        if self.length_ps < SEGMENTS * self.segment_ps * (1 - 1e-9):
+            raise ValueError(
+                f"length_ps ({self.length_ps:g}) must be at least two of segment_ps ({self.segment_ps:g}), whose scatter gives the "
+                "error bars: take longer trajectories, or a smaller segment_ps"
+            )
+        return self
+
     def refusal(self, structures: Sequence[Atoms]) -> str:
         for atoms, name in zip(structures, structure_names(structures), strict=True):
             if not atoms.pbc.all() or atoms.cell.rank < 3:
@@ -66,11 +76,17 @@ class Motion(Calculation):
         """How many samples there are, of those that are drawn for other properties."""
         return samples
 
+    def check_samples(self, samples: int) -> None:
+        """Raise UserError where so few samples are drawn that their scatter says nothing."""
+        if 0 < self.samples_of(samples) < FEWEST_SAMPLES:
+            raise UserError(
+                f"{self.name}: {self.samples_of(samples)} samples are too few, as their scatter is judged: take {FEWEST_SAMPLES} or more."
+            )
+
     def run(self, potential: Potential, start: Atoms, samples: int, seed: int, say: Progress) -> TransportResults:
         """Averages from the start of the dynamics, whose values say that they are of this calculation."""
-        number = self.samples_of(samples)
         settings = TransportSettings(
-            (self.temperature_K,), self.moves, number if number >= FEWEST_SAMPLES else 0, self.replicas,
+            (self.temperature_K,), self.moves, self.samples_of(samples), self.replicas,
             None, self.length_ps, None, self.timestep_fs, self.segment_ps, self.equilibrate_ps, seed,
         )  # fmt: skip
         stage = f"{start.info['name']}, {self.name}"

@@ -32,6 +32,7 @@ class StaticFrames:
     Attributes:
         energies: of each frame (1 + samples, copies) eV/atom, the mean's first; pressures: the same, GPa.
         rdf: where asked, of each frame (copies, pairs, BINS); pairs: of species, whose radial distributions these are.
+        lost: what an earlier version had begun that cannot be gone on with, and why, in sentences.
     """
 
     def __init__(self, what: Sequence[str], replicas: Replicas, samples: PosteriorSamples | None) -> None:
@@ -39,6 +40,7 @@ class StaticFrames:
         self.energies: list[np.ndarray] = []
         self.pressures: list[np.ndarray] = []
         self.rdf: list[np.ndarray] = []
+        self.lost: list[str] = []
         self.pairs = list(combinations_with_replacement(replicas.species, 2))
 
     def add(self, here: Structures) -> None:
@@ -64,6 +66,16 @@ class StaticFrames:
         self.energies, self.pressures, self.rdf = (
             list(state.get(f"static/{name}", ())) for name in ("energies", "pressures", "rdf")
         )
+        if "rdf" not in self.what:
+            return
+        if self.rdf and self.rdf[0].ndim == 2 and len(self.pairs) == 1:  # of an earlier version: all elements alike
+            self.rdf = [frame[:, None] for frame in self.rdf]
+        if len(self.rdf) != len(self.energies) or any(frame.ndim == 2 for frame in self.rdf):
+            self.what, self.rdf = tuple(name for name in self.what if name != "rdf"), []
+            self.lost = [
+                "Radial distributions are left out: an earlier version of gpmlp began this run with those of all elements together; "
+                "those of pairs of elements take a new run."
+            ]
 
     def precision(self) -> float:
         """Standard error of the mean's energy, in standard deviations of its fluctuations: the largest of all temperatures."""

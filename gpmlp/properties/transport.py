@@ -205,6 +205,7 @@ class TransportRun:
     def _begin(self, resume: bool) -> None:
         """Take the folder, and up the state of an earlier run; a new one is on disk before it moves."""
         if self.folder is None:
+            self._check_length()
             return
         check_folder(self.folder)
         path = self.folder / STATE
@@ -214,6 +215,7 @@ class TransportRun:
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written to: {error.strerror or error}.") from error
         if not path.exists():
+            self._check_length()
             self._save()
             return
         if not resume:
@@ -232,10 +234,22 @@ class TransportRun:
                 f"{path}: the run in this folder was begun with another {', '.join(other)}; it goes on as it began."
             )
         self.replicas.restore(state)
+        self._check_length()
         self.static.restore(state)
         self.spent_s = self.earlier_s = float(state["spent_s"])
         novelty = float(state["novelty"])
         self.novelty = None if math.isnan(novelty) else novelty
+
+    def _check_length(self) -> None:
+        """Raise UserError unless two segments, which are rounded to records, fit in what is still to be run."""
+        dynamics = self.replicas.settings
+        segment_fs = dynamics.record_fs * dynamics.segment
+        lacks = SEGMENTS * segment_fs > 1000 * self.settings.length_ps + dynamics.record_fs
+        if lacks and len(self.replicas.sums) < SEGMENTS:
+            raise UserError(
+                f"`length_ps` ({self.settings.length_ps:g}) is shorter than two segments of {segment_fs / 1000:g} ps, whose scatter gives "
+                "the error bars: take longer trajectories, or a smaller `segment_ps`."
+            )
 
     def _save(self) -> None:
         if self.folder is None:
@@ -249,7 +263,8 @@ class TransportRun:
         settings, replicas = self.settings, self.replicas
         dynamics = replicas.settings
         every = max(1, round(STATIC_FS / dynamics.record_fs))
-        most = max(SEGMENTS, math.ceil(1000 * settings.length_ps / (dynamics.record_fs * dynamics.segment)))
+        segment_fs = dynamics.record_fs * dynamics.segment
+        most = max(SEGMENTS, math.floor(1000 * settings.length_ps / segment_fs + 1e-9))
         results = self.results()
         results.stopped = self._verdict(results, most)
         saved = time.monotonic()
@@ -290,9 +305,10 @@ class TransportRun:
         if self.settings.static:
             values, curves, notes = self.static.averages({"novelty": self.novelty, "structures": (self.name,)})
             results.values, results.curves = results.values + values, results.curves + curves
+            results.notes += self.static.lost
             results.notes += (
                 notes
-                if values or curves
+                if values or curves or self.static.lost
                 else ["There are too few frames yet for static averages: longer runs give them."]
             )
             if not self.settings.dynamic:
