@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,14 +19,18 @@ import yaml
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms, FixedLine
 from ase.optimize import BFGS
 from reaction_systems import gpmlp_command, slab
 
 import gpmlp
 from gpmlp.core.errors import UserError
+from gpmlp.io.recipe_files import load_recipe_as
 from gpmlp.learning.paths.motions import Motion, bond_changes, fragments, proposed_motions
 from gpmlp.learning.paths.network import NetworkLabel, Search
+from gpmlp.learning.paths.recipe import NetworkRecipe
+from gpmlp.learning.paths.run import find_network
 from gpmlp.learning.paths.same import difference, find_same
 
 WAVE = '''
@@ -312,6 +317,9 @@ def test_exploration_that_spent_its_calls_goes_on_with_more(tmp_path):
     few = gpmlp_command(folder, "learn", "run.yaml", "--set", "labels_at_most=4")
     assert few.returncode == 0 and "4 oracle calls were spent" in few.stdout
     before = (folder / "network/labels.xyz").read_bytes()
+    searches = json.loads((folder / "network/network.json").read_text())["searches"]
+    assert searches[-1]["outcome"].startswith("cut off") and searches[-1]["calls"] > 0
+    assert '"label"' not in (folder / "network/log.jsonl").read_text().replace('"event": "label"', "")
     more = gpmlp_command(folder, "learn", "run.yaml", "--resume")
     assert more.returncode == 0, more.stderr
     assert (folder / "network/labels.xyz").read_bytes().startswith(before) and "1 → 2" in more.stdout
@@ -330,6 +338,50 @@ def test_calls_that_do_not_bring_the_start_to_rest_end_the_run_in_a_sentence(tmp
     assert more.returncode == 0 and "1 → 2" in more.stdout, more.stderr
 
 
+def test_report_resume_and_defaults_of_an_exploration(tmp_path):
+    """Nothing after `reactions:`, no page with --no-report, a resume where there is nothing, and then the page of the folder."""
+    folder = written_run(tmp_path)
+    recipe = yaml.safe_load((folder / "run.yaml").read_text())
+    (folder / "run.yaml").write_text(yaml.safe_dump({**recipe, "reactions": None, "labels_at_most": 4}))
+    first = gpmlp_command(folder, "learn", "run.yaml", "--resume", "--no-report")
+    assert first.returncode == 0 and "there is nothing to resume" in " ".join(first.stderr.split()), first.stderr
+    assert not (folder / "network/network.html").exists()
+    assert json.loads((folder / "network/recipe.json").read_text())["reactions"]["highest_eV"] == 3
+    none = gpmlp_command(folder, "report", "network")
+    assert none.returncode == 2 and "has no page yet" in " ".join(none.stderr.split())
+    assert gpmlp_command(folder, "learn", "run.yaml", "--resume").returncode == 0
+    there = gpmlp_command(folder, "report", "network")
+    assert there.returncode == 0 and "network.html" in there.stdout + there.stderr
+
+
+def test_results_stay_while_labels_are_replayed(tmp_path, monkeypatch, wave):
+    """A resume that is interrupted in labels that were there leaves network.json as it was."""
+    folder = written_run(tmp_path)
+    assert gpmlp_command(folder, "learn", "run.yaml").returncode == 0
+    before = (folder / "network/network.json").read_bytes()
+    module = types.ModuleType("wave")
+    module.__dict__.update(wave)
+    monkeypatch.setitem(sys.modules, "wave", module)
+    recipe = load_recipe_as(NetworkRecipe, folder / "run.yaml")
+    states = find_network(recipe, folder, resume=True)
+    next(state for state in states if isinstance(state, Search))
+    states.close()
+    assert (folder / "network/network.json").read_bytes() == before
+
+
+def test_a_known_minimum_has_the_energy_that_the_model_foresees(wave):
+    search = gpmlp.GPSaddle(dimer(), wave["Wave"](), {1: [1, 0, 0]}, sides=False)
+    search.run(steps=4)
+    here, there = search.start.copy(), search.start.copy()
+    for atoms, above in ((here, 0.0), (there, 1.0)):
+        atoms.calc = SinglePointCalculator(atoms, energy=search.start.get_potential_energy() + above)
+    search.minima = (there,)
+    assert search._known_minimum(here) is None
+    search.minima = (there, here)
+    found = search._known_minimum(search.start)
+    assert found is not None and found.get_potential_energy() == pytest.approx(here.get_potential_energy())
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -337,7 +389,8 @@ def test_calls_that_do_not_bring_the_start_to_rest_end_the_run_in_a_sentence(tmp
         ({"reactions": {"way": ["soft"]}}, "ways"),
         ({"reactions": {"ways": ["sideways"]}}, "ways"),
         ({"reactions": {"ways": []}}, "ways"),
-        ({"reactions": None}, "reactions"),
+        ({"reaction": {}}, "Perhaps 'reaction' was meant to be 'reactions'"),
+        ({"explore": {}}, "neither `dynamics`"),
         ({"reactions": {"highest_eV": -1}}, "highest_eV"),
         ({"start": "two.xyz"}, "holds 2 structures"),
         ({"start": "one.xyz"}, "it has one atom"),
@@ -352,7 +405,11 @@ def test_bad_recipes_are_refused_before_anything_is_written(tmp_path, change, sa
     ase.io.write(folder / "two.xyz", [dimer(), dimer()])
     ase.io.write(folder / "one.xyz", Atoms("H"))
     recipe = yaml.safe_load((folder / "run.yaml").read_text())
+    if {"reaction", "explore"} & set(change):
+        del recipe["reactions"]
     (folder / "run.yaml").write_text(yaml.safe_dump({**recipe, **change}))
     refused = gpmlp_command(folder, "learn", "run.yaml")
-    assert refused.returncode == 2 and said in refused.stderr and "Traceback" not in refused.stderr, refused.stderr
+    assert refused.returncode == 2 and said in " ".join(refused.stderr.split()) and "Traceback" not in refused.stderr, (
+        refused.stderr
+    )
     assert not (folder / "network").exists()

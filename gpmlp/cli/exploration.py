@@ -59,7 +59,7 @@ class ExplorationBar(TransientBar):
         return None
 
 
-def network_tables(numbers: Mapping[str, Any], folder: Path, page: Path) -> list[Table]:
+def network_tables(numbers: Mapping[str, Any], folder: Path, page: Path | None) -> list[Table]:
     """Minima, reactions, and where all is."""
     minima = Table("minimum", "energy / eV", "± σ", "bonded together", "ways left", title="Minima")
     for m in numbers["minima"]:
@@ -81,7 +81,7 @@ def network_tables(numbers: Mapping[str, Any], folder: Path, page: Path) -> list
         ("why it ended", numbers["ended"]),
         ("oracle calls", f"{numbers['oracle_calls']}, in {len(numbers['searches'])} searches"),
         ("structures", f"minima.xyz, saddles.xyz in {folder}"),
-        ("page", str(page)),
+        *([("page", str(page))] if page else []),
         ("numbers, labels", f"network.json, labels.xyz in {folder}"),
     ]
     return [minima, reactions, pairs_table("Exploration", pairs)]

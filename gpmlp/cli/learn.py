@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+import difflib
+import json
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from gpmlp.cli.interrupts import resumable, terminated_as_interrupted
+
+KINDS = ("dynamics", "reactions")  # of runs
+PAGES = {"reactions": ("learn", "network.html"), "end": ("neb", "path.html"), "direction": ("saddle", "saddle.html")}
 
 
 def learn_command(
@@ -31,15 +36,22 @@ def learn_command(
     from gpmlp.cli.paths import explore_reactions
     from gpmlp.core import calculators
     from gpmlp.core.errors import UserError
-    from gpmlp.io.recipe_files import has_section, load_recipe_as
+    from gpmlp.io.recipe_files import load_recipe_as, sections_of
     from gpmlp.learning import loop
     from gpmlp.learning.recipe import LearnRecipe
     from gpmlp.report.page import PAGE
     from gpmlp.report.run.page import report_run
 
-    if has_section(recipe, settings or [], "reactions"):
-        explore_reactions(recipe, resume, settings)
+    sections = sections_of(recipe, settings or [])
+    if "reactions" in sections:
+        explore_reactions(recipe, resume, settings, report)
         return
+    if "dynamics" not in sections:
+        close = [(name, like) for like in KINDS for name in difflib.get_close_matches(like, sections, 1, 0.7)]
+        hint = "".join(f" Perhaps '{name}' was meant to be '{like}'." for name, like in close)
+        raise UserError(
+            f"{recipe}: has neither `dynamics` (molecular dynamics that learns) nor `reactions` (an exploration).{hint}"
+        )
     calculators.add_import_folder(recipe.parent)
     chosen = load_recipe_as(LearnRecipe, recipe, settings or [])
     folder = recipe.parent / chosen.output
@@ -73,7 +85,7 @@ def learn_command(
 
 
 def report_folder(folder: Path, data: Path | None, output: Path | None) -> None:
-    """Write the page about a run, finished or not."""
+    """Write the page about a learning run, finished or not; of other runs say which page there is."""
     from gpmlp.cli import console
     from gpmlp.core.errors import UserError
     from gpmlp.report.run.collect import run_recipe
@@ -83,5 +95,24 @@ def report_folder(folder: Path, data: Path | None, output: Path | None) -> None:
         raise UserError(
             f"{folder}: is a folder; the report of a run goes to {folder / 'report'}: leave out DATA and --output."
         )
+    if other := _other_run(folder):
+        command, page = other
+        if not page.exists():
+            raise UserError(
+                f"{folder}: the run of `gpmlp {command}` there has no page yet; `gpmlp {command} RECIPE --resume` writes {page.name}."
+            )
+        console.print_line(f"{page} is the page of this run; `gpmlp {command} RECIPE --resume` writes it again")
+        return
     page = report_run(folder, run_recipe(folder))
     console.print_line(f"wrote {page}")
+
+
+def _other_run(folder: Path) -> tuple[str, Path] | None:
+    """The command of a run that is not one with dynamics, and its page."""
+    recipe = {}
+    with suppress(OSError, ValueError):  # said where a learning run is read
+        recipe = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+    if "dynamics" in recipe or not {"start", "fixed"} <= set(recipe):
+        return None
+    command, page = next((of for key, of in PAGES.items() if key in recipe), ("relax", "relaxed.html"))
+    return command, folder / page

@@ -31,7 +31,7 @@ def relax_command(
     from gpmlp.learning.paths.recipe import RelaxRecipe
     from gpmlp.report.path.page import relaxation_page
 
-    chosen, folder = _recipe(RelaxRecipe, recipe, settings)
+    chosen, folder = _recipe(RelaxRecipe, recipe, settings, resume)
     states = run.relax(chosen, recipe.parent, resume)
     labels, outcome = _followed("relax", recipe, settings, states, run.RelaxOutcome, _relaxed)
     page = relaxation_page(outcome, labels, chosen.model_dump(mode="json")).write(folder)
@@ -58,7 +58,7 @@ def neb_command(
     from gpmlp.learning.paths.recipe import NebRecipe
     from gpmlp.report.path.page import path_page
 
-    chosen, folder = _recipe(NebRecipe, recipe, settings)
+    chosen, folder = _recipe(NebRecipe, recipe, settings, resume)
     states = run.find_path(chosen, recipe.parent, resume)
     labels, outcome = _followed("neb", recipe, settings, states, run.PathOutcome, _labelled)
     page = path_page(outcome, labels, chosen.model_dump(mode="json"))
@@ -78,7 +78,7 @@ def saddle_command(
     from gpmlp.learning.paths.recipe import SaddleRecipe
     from gpmlp.report.path.page import saddle_page
 
-    chosen, folder = _recipe(SaddleRecipe, recipe, settings)
+    chosen, folder = _recipe(SaddleRecipe, recipe, settings, resume)
     states = run.find_saddle(chosen, recipe.parent, resume)
     labels, outcome = _followed("saddle", recipe, settings, states, run.SaddleOutcome, _searched)
     page = saddle_page(outcome, labels, chosen.model_dump(mode="json")).write(folder)
@@ -92,7 +92,7 @@ def saddle_command(
     _check_converged(outcome.converged, len(labels), folder, advice)
 
 
-def explore_reactions(recipe: Path, resume: bool, settings: list[str] | None) -> None:
+def explore_reactions(recipe: Path, resume: bool, settings: list[str] | None, report: bool) -> None:
     """`gpmlp learn` with `reactions`: explore from a minimum to a network of products."""
     from gpmlp.cli.console import standard_output
     from gpmlp.cli.exploration import ExplorationBar, network_tables
@@ -100,11 +100,11 @@ def explore_reactions(recipe: Path, resume: bool, settings: list[str] | None) ->
     from gpmlp.learning.paths.recipe import NetworkRecipe
     from gpmlp.report.path.network import network_page
 
-    chosen, folder = _recipe(NetworkRecipe, recipe, settings)
+    chosen, folder = _recipe(NetworkRecipe, recipe, settings, resume)
     states = run.find_network(chosen, recipe.parent, resume)
     with ExplorationBar(chosen.labels_at_most) as bar:
         _, outcome = _followed("learn", recipe, settings, states, run.NetworkOutcome, bar)
-    page = network_page(outcome, chosen.model_dump(mode="json")).write(folder)
+    page = network_page(outcome, chosen.model_dump(mode="json")).write(folder) if report else None
     for table in network_tables(outcome.numbers, folder, page):
         standard_output().print(table)
 
@@ -138,14 +138,18 @@ def _print_pairs(title: str, pairs: list[tuple[str, str]]) -> None:
     console.standard_output().print(console.pairs_table(title, pairs))
 
 
-def _recipe(kind: type, recipe: Path, settings: list[str] | None) -> tuple[Any, Path]:
-    """The recipe, and the folder of the run."""
+def _recipe(kind: type, recipe: Path, settings: list[str] | None, resume: bool) -> tuple[Any, Path]:
+    """The recipe, and the folder of the run, of which is said if there is none to resume."""
+    from gpmlp.cli import console
     from gpmlp.core import calculators
     from gpmlp.io.recipe_files import load_recipe_as
 
     calculators.add_import_folder(recipe.parent)
     chosen: Any = load_recipe_as(kind, recipe, settings or [])
-    return chosen, recipe.parent / chosen.output
+    folder = recipe.parent / chosen.output
+    if resume and not folder.exists():
+        console.print_message("new", f"{folder} does not exist: there is nothing to resume, a new run begins")
+    return chosen, folder
 
 
 def _relaxed(step: RelaxStep) -> str:

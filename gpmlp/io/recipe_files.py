@@ -54,9 +54,9 @@ def load_recipe_as(
     return validate_as(model, data, " and ".join(places) or "recipe")
 
 
-def has_section(path: Path, overrides: Sequence[str], name: str) -> bool:
-    """Whether a recipe file with its overrides has a key. Raises UserError: the file cannot be read."""
-    return name in parse_settings(overrides, _read(path))
+def sections_of(path: Path, overrides: Sequence[str]) -> tuple[str, ...]:
+    """Keys of a recipe file with its overrides. Raises UserError: the file cannot be read."""
+    return tuple(str(key) for key in parse_settings(overrides, _read(path)))
 
 
 def parse_settings(overrides: Sequence[str], data: dict[str, Any] | None = None) -> dict[str, Any]:

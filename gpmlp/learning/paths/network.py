@@ -312,18 +312,23 @@ class GPReactionNetwork:
             saddles=[r.saddle for r in self.reactions],
             softens=way.softens,
         )
-        reaction = None
+        reaction, spent = None, False
         try:
             for label in search.irun(fmax, PER_SEARCH, foreseen, highest + OVER - minimum.energy):
                 yield NetworkLabel(number, minimum.number, way.name, oracle.spent, label)
             reaction, outcome = self._outcome(search, number, oracle, fmax)
         except SearchError as error:
             outcome = f"given up: {error}"
+        except _CallsSpentError:
+            outcome, spent = "cut off: the oracle calls were spent", True
+            self._open[i].insert(0, way)
         finally:
             new = search.surface.labels[len(near.labels) :]
             self.surface = replace(self.surface, labels=(*self.surface.labels, *new), scores=search.surface.scores)
         self.searches.append(Search(number, minimum.number, way.name, outcome, reaction, oracle.spent - before))
         yield self.searches[-1]
+        if spent:
+            raise _CallsSpentError
 
     def _nearest(self, atoms: Atoms) -> Surface:
         """The surface of the labels that are nearest to a structure."""

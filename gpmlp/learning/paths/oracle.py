@@ -84,6 +84,11 @@ class RunOracle(OracleCalculator):
         """Of the label of some atoms."""
         return self.requests.key(canonical_structure(structures_from_ase([atoms], [self.reason])))
 
+    @property
+    def replays(self) -> bool:
+        """Whether no label has been computed yet since the run began or was resumed."""
+        return self.requests.calls == 0
+
     def is_shared(self, atoms: Atoms) -> bool:
         """See OracleCalculator."""
         return self.key(atoms) in self.shared

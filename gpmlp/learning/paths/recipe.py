@@ -139,3 +139,8 @@ class NetworkRecipe(_PathRecipe):
     force_eV_per_A: Positive = 0.03
     energy_eV: Positive = 0.01
     output: str = "network"
+
+    @field_validator("reactions", mode="before")
+    @classmethod
+    def _defaults(cls, given: Any) -> Any:
+        return {} if given is None else given  # nothing after `reactions:`

@@ -312,10 +312,12 @@ def find_network(
         limits = recipe.labels_at_most, chosen.highest_eV, recipe.energy_eV, chosen.minima_at_most
         for event in network.irun(recipe.force_eV_per_A, *limits):
             if isinstance(event, NetworkLabel):
-                files.log_event("label", **_with_units({**asdict(event), "label": None, **asdict(event.label)}))
+                search = asdict(event)
+                files.log_event("label", **_with_units(search | search.pop("label")))
             else:
                 files.log_event("search", **asdict(event))
-                _write_network(network, oracle, base / recipe.output)
+                if not oracle.replays:  # what is there may be further than this
+                    _write_network(network, oracle, base / recipe.output)
             yield event
         if not network.minima:
             raise UserError(

@@ -221,11 +221,14 @@ class GPSaddle:
 
     def _known_saddle(self) -> int | None:
         """Which of the known saddles this place is, by the model where it is sure."""
-        foreseen = self.surface.predict([self.start, self.atoms])
-        if foreseen.difference_sigmas[1] > SAME_ENERGY:
-            return None
-        energy = self.start.get_potential_energy() + float(foreseen.energies[1] - foreseen.energies[0])
-        return find_same(self.atoms, self.saddles, energy)
+        energy, sigma = self._foreseen_energy(self.atoms)
+        return None if sigma > SAME_ENERGY else find_same(self.atoms, self.saddles, energy)
+
+    def _foreseen_energy(self, atoms: Atoms) -> tuple[float, float]:
+        """By the model, on the oracle's scale, and the standard deviation of what lies between it and the start, eV."""
+        foreseen = self.surface.predict([self.start, atoms])
+        above = float(foreseen.energies[1] - foreseen.energies[0])
+        return self.start.get_potential_energy() + above, float(foreseen.difference_sigmas[1])
 
     # ---------------------------------------------------------------- the course of a search
 
@@ -442,8 +445,11 @@ class GPSaddle:
         return next((minimum for minimum in (self.start, *sides) if distance(minimum, atoms) < SAME), None)
 
     def _known_minimum(self, atoms: Atoms) -> Atoms | None:
-        """These atoms with the energy of the minimum that they are, if it is known and the model is sure."""
-        if self._is_unsure(atoms) or (i := find_same(atoms, self.minima)) is None:
+        """These atoms with the energy of the minimum that they are, if it is known, by shape and the model's energy, and it is sure."""
+        if self._is_unsure(atoms):
+            return None
+        i = find_same(atoms, self.minima, self._foreseen_energy(atoms)[0])
+        if i is None:
             return None
         side = atoms.copy()
         side.calc = SinglePointCalculator(side, energy=self.minima[i].get_potential_energy())
