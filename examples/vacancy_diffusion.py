@@ -1,6 +1,6 @@
 """How fast do vacancies in copper diffuse at 900 K, by how much may that be wrong, and what did it cost?
 
-Sixteen labels of a cell of 31 atoms, a potential, and transition state theory on the mean and on samples of its posterior. The oracle is
+Twenty-four labels of a cell of 31 atoms, a potential, and transition state theory on the mean and on samples of its posterior. The oracle is
 EMT here, so that its own value can be told; any calculator of ASE does.
 """
 
@@ -21,14 +21,14 @@ end.positions[neighbour] += crystal.get_distance(neighbour, 0, mic=True, vector=
 del start[0], end[0]
 
 rng, labels = np.random.default_rng(0), []
-for i in range(16):  # about the start and on the way
+for i in range(24):  # about the start and on the way
     atoms = start.copy()
     atoms.positions += (0, 0.25, 0.5, 0)[i % 4] * (end.positions - start.positions)
     atoms.positions += rng.normal(0, 0.05, atoms.positions.shape)
     atoms.calc = EMT()
     atoms.get_forces()
     labels.append(atoms)
-recipe = {"descriptor": {"cutoff": 5.0, "n_max": 6, "l_max": 4}, "inducing": {"n": 60, "gradients": 2}}
+recipe = {"descriptor": {"cutoff": 5.0, "n_max": 6, "l_max": 4}, "inducing": {"n": 150, "gradients": 2}}
 potential, _ = gpmlp.fit(*from_ase(labels), gpmlp.Recipe.model_validate(recipe))
 
 hop = Hop(temperature_K=900, equivalent=12)
