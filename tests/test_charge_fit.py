@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from dataclasses import replace
 
@@ -19,8 +20,10 @@ from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.engines.ase import GPCalculator
 from gpmlp.fitting import charge_fit, prepare
+from gpmlp.io import archive
 from gpmlp.io.export import export_model
 from gpmlp.potential.evaluation import evaluate
+from gpmlp.potential.potential import Potential
 from gpmlp.recipe import Recipe
 from gpmlp.report.model.data import collect_data
 from gpmlp.report.model.page import write_model_page
@@ -156,6 +159,37 @@ def test_error_bars_of_far_structures_hold_the_uncertainty_of_charges(fitted):
     assert 0.7 < float(ratio.median()) < 1.4
     one = samples[3]
     assert torch.allclose(one(far).energies, samples(far).energies[3], rtol=0, atol=1e-8)
+
+
+def test_calibrated_samples_scatter_as_the_covariance_says(tmp_path):
+    """Shifts of left-out structures move charges by far more than what energies are linear in, and cancel with the rest."""
+    structures, targets = ions(40, 0, 6.0)
+    potential, _ = gpmlp.fit(structures, targets, _recipe(charges="local"))
+    some = Structures.concatenate([structures.select([0, 1, 2]), ions(2, 500, 9.0, 3.0)[0]])
+    mean, n = potential(some), len(some)
+    drawn = potential.sample(200, seed=1)
+    assert torch.stack([charges.move for charges in drawn.charges]).std(0).max() > 10  # e
+    found, std = drawn(some), potential.covariance(some).diagonal().sqrt()
+    energies, forces = found.energies - mean.energies, (found.forces - mean.forces).flatten(1)
+    for deviations, expected in ((energies, std[:n]), (forces, std[n : n + forces.shape[1]])):
+        assert ((deviations.std(0) / expected).log().abs() < math.log(1.3)).all()  # 5 % of 200 draws
+        assert (deviations.mean(0).abs() < 0.35 * expected).all()  # five standard deviations
+    # each is one potential, in a file too
+    one, h, up = drawn[3], 1e-2, torch.zeros_like(some.positions)
+    up[1, 0] = h
+    ends = [one(replace(some, positions=some.positions + by)).energies[0] for by in (up, -up)]
+    assert one(some).forces[1, 0].item() == pytest.approx(
+        float(ends[1] - ends[0]) / (2 * h), rel=1e-3
+    )  # rounding of energies: 1e-7 eV
+    archive.save(one, tmp_path / "sample.gpmlp")
+    again = archive.load(tmp_path / "sample.gpmlp")(some)
+    for name in ("energies", "forces", "stresses", "charges"):
+        torch.testing.assert_close(getattr(again, name), getattr(one(some), name), rtol=1e-9, atol=1e-9, equal_nan=True)
+    header, tensors = potential.state()
+    header["variances"]["shifts"] -= 1
+    tensors["variances.shifts"] = tensors["variances.shifts"][:, 1:].clone()
+    with pytest.raises(UserError, match="columns of shifts"):
+        Potential.from_state(header, tensors)
 
 
 def test_a_file_holds_the_charges(fitted, tmp_path):

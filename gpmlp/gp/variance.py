@@ -385,6 +385,12 @@ class VarianceModel:
                 out[z] = LocalVariance.from_posterior(lowers, self.signal[here], covariance, self.amplitude)
         return out
 
+    def check_shifts(self, of_charges: int) -> None:
+        """UserError unless shifts, where there are any, are of the columns and of so many of charges behind them."""
+        width, columns = None if self.shifts is None else self.shifts.shape[1], self.n_columns + of_charges
+        if width not in (None, columns):
+            raise UserError(f"{width} columns of shifts, and {columns} of the posterior factor.")
+
     def prepare(self) -> None:
         """Make `local` now, rather than in each of several threads."""
         if not self.exact and self.reduced.keys() >= {z for p in self.priors for z in p.signal}:
@@ -481,9 +487,7 @@ class VarianceModel:
             check_leading(leading, [b.n_columns for mine in blocks for b in mine if int(z) in b.central_species])
             triangle = stored_triangle(stored, f"reduced.{z}", sum(leading))
             reduced[int(z)] = ReducedVariance(tuple(leading), triangle)
-        width = header.get("shifts")  # of columns, and of those of charges
-        if width is not None and width < columns:
-            raise UserError(f"{width} columns of shifts, and {columns} of the posterior factor.")
+        width = header.get("shifts")  # of columns, and of those of charges: check_shifts
         shifts = None if width is None else stored.take("shifts", ("structures", width))
         return VarianceModel(
             tuple(priors), tuple(blocks), tuple(lowers), signal, factor.T, *about, reduced, exact, shifts

@@ -430,6 +430,8 @@ class ChargeModel:
 
     Attributes:
         parameters: (columns,) a; start: (columns,) mean of their prior. posterior: of a; None where it counts as known.
+        move: (columns,) δ of a sample, whose energy is E(a) + δ.∂E/∂a, as the posterior and shifts of left-out structures are of models
+            that are linear in a (docs/decisions/025-error-bars-of-functionals.md); None = none.
     """
 
     form: ChargeForm
@@ -437,6 +439,17 @@ class ChargeModel:
     parameters: Tensor
     start: Tensor
     posterior: ChargePosterior | None = None
+    move: Tensor | None = None
+
+    @cached_property
+    def _ends(self) -> tuple[float, ChargeModel, ChargeModel]:
+        """t, and the models at a + δ/(2t) and a - δ/(2t), at about a charge from the mean."""
+        assert self.move is not None, "it has moved"
+        size = max(0.5, float(self.move.abs().max()))
+        ahead, behind = (
+            replace(self, parameters=self.parameters + s / size * self.move, move=None) for s in (0.5, -0.5)
+        )
+        return size, ahead, behind
 
     @cached_property
     def _free(self) -> EnergyTerm:
@@ -454,6 +467,15 @@ class ChargeModel:
         Args:
             pairs: neighbours within the cutoff or more, if they are there already.
         """
+        found = self._at_parameters(structures, pairs)
+        if self.move is None:
+            return found
+        size, *ends = self._ends  # everything is quadratic in a, so that the difference of two is exact
+        ahead, behind = (end(structures, pairs) for end in ends)
+        return found + ahead.map(lambda value: size * value) + behind.map(lambda value: -size * value)
+
+    def _at_parameters(self, structures: Structures, pairs: Neighbors | None) -> Prediction:
+        """As if there were no move."""
         view = self._free.environments(structures, pairs)
         free, cotangents = self._free.local_energies(view.environments)
         constants = self.parameters[self.basis.n_weights :]
@@ -482,11 +504,11 @@ class ChargeModel:
         return torch.cat([torch.cat([factor, self.posterior.cross], dim=1), below])
 
     def moved(self, deviations: Tensor) -> tuple[ChargeModel, ...]:
-        """Models whose parameters differ by so many prior standard deviations (columns, k), and have no posterior."""
+        """Models whose parameters move by so many prior standard deviations (columns, k), to first order, and have no posterior."""
         if self.posterior is None:
             return (replace(self, posterior=None),) * deviations.shape[1]
-        moved = self.parameters[:, None] + self.posterior.scale[:, None] * deviations
-        return tuple(replace(self, parameters=a, posterior=None) for a in moved.T)
+        moves = self.posterior.scale[:, None] * deviations
+        return tuple(replace(self, posterior=None, move=move) for move in moves.T)
 
     def with_charges(self, structures: Structures, rows: WhitenedRows) -> WhitenedRows:
         """Whitened rows of short-range columns with those of charges, in what the data leave open."""
@@ -504,6 +526,7 @@ class ChargeModel:
             "species": list(self.basis.species),
         }
         tensors = {"parameters": self.parameters, "start": self.start}
+        tensors |= {} if self.move is None else {"move": self.move}
         if self.posterior is not None:
             tensors |= {f"posterior.{name}": value for name, value in vars(self.posterior).items()}
         for z in self.basis.species:
@@ -541,7 +564,8 @@ class ChargeModel:
             upper = posterior.factor
             if bool((scale <= 0).any() or (upper != upper.triu()).any() or (upper.diagonal().abs() < 1 - STORED).any()):
                 raise UserError("the posterior of free charges is smaller than that without any data, or none.")
-        return ChargeModel(form, basis, stored.take("parameters", (m,)), stored.take("start", (m,)), posterior)
+        move = stored.take("move", (m,)) if "move" in stored else None
+        return ChargeModel(form, basis, stored.take("parameters", (m,)), stored.take("start", (m,)), posterior, move)
 
     def columns(self, structures: Structures) -> CovarianceRows:
         """∂/∂a of energies, forces and stresses of structures, one after another."""

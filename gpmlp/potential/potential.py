@@ -512,6 +512,8 @@ class Potential:
         if header.get("charges") is not None:
             about = terms[0].descriptor, terms[0].kernel, 0 if variances is None else variances.n_columns
             charges = ChargeModel.from_state(header["charges"], stored.part("charges."), *about)
+        if variances is not None:
+            variances.check_shifts(0 if charges is None or charges.posterior is None else len(charges.posterior.scale))
         stored.check_all_taken()
         learned = header.get("calibration")
         return cls(

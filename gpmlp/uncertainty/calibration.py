@@ -342,12 +342,9 @@ class Calibration:
     def as_dict(self) -> dict:
         """Plain data for JSON; from_dict restores it exactly."""
         kinds = {kind: json_value(asdict(calibration)) for kind, calibration in self.kinds.items()}
-        numbers: dict[str, Any] = {"typical_novelty": self.typical_novelty, "spread": self.sample_scale}
-        numbers["unsampled"] = self.unsampled
-        if self.posterior_scale is not None:
-            numbers["posterior_scale"] = self.posterior_scale
-        if self.apart is not None:
-            numbers["apart"] = asdict(self.apart)
+        numbers = {"typical_novelty": self.typical_novelty, "spread": self.sample_scale, "unsampled": self.unsampled}
+        more = {"posterior_scale": self.posterior_scale, "apart": self.apart and asdict(self.apart)}
+        numbers |= {name: value for name, value in more.items() if value is not None}
         return {"levels": list(LEVELS), "kinds": kinds, "source": self.source} | numbers
 
     @staticmethod
