@@ -1,7 +1,7 @@
 """How fast do vacancies in copper diffuse at 900 K, by how much may that be wrong, and what did it cost?
 
-Twenty-four labels of a cell of 31 atoms, a potential, and transition state theory on the mean and on samples of its posterior. The oracle is
-EMT here, so that its own value can be told; any calculator of ASE does.
+Twenty-four labels of a cell of 31 atoms, a potential, and transition state theory on the mean and on samples of its posterior. The
+oracle is EMT here, so that its own value can be told; any calculator of ASE does.
 """
 
 import numpy as np
