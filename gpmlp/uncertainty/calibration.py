@@ -343,9 +343,9 @@ class Calibration:
         """Plain data for JSON; from_dict restores it exactly."""
         kinds = {kind: json_value(asdict(calibration)) for kind, calibration in self.kinds.items()}
         numbers = {"typical_novelty": self.typical_novelty, "spread": self.sample_scale, "unsampled": self.unsampled}
-        more = {"posterior_scale": self.posterior_scale, "apart": self.apart and asdict(self.apart)}
-        numbers |= {name: value for name, value in more.items() if value is not None}
-        return {"levels": list(LEVELS), "kinds": kinds, "source": self.source} | numbers
+        more: dict[str, Any] = {"posterior_scale": self.posterior_scale, "apart": self.apart and asdict(self.apart)}
+        known = {name: value for name, value in more.items() if value is not None}
+        return {"levels": list(LEVELS), "kinds": kinds, "source": self.source} | numbers | known
 
     @staticmethod
     def from_dict(plain: dict) -> Calibration:
