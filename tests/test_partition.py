@@ -111,7 +111,9 @@ def test_how_large_the_region_is(copper):
     assert by_fraction.buffer == copper.cutoff
     assert len(gpmlp.partition(copper, structure).core) == round(0.1 * n)
     assert gpmlp.partition(copper, structure, RegionRule(fraction=1.0)).share == pytest.approx(1.0)
-    least = by_fraction.force_sigma[by_fraction.core].min()
+    least = by_fraction.force_sigma[by_fraction.core].min() * (
+        1 - 1e-9
+    )  # rounding depends on where arrays lie in memory
     by_sigma = gpmlp.partition(copper, structure, RegionRule(sigma=float(least)))
     assert (by_sigma.core == by_fraction.core).all()
     nobody = gpmlp.partition(copper, structure, RegionRule(sigma=1e3))

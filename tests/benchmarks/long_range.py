@@ -220,7 +220,7 @@ def row(found: dict) -> list[str]:
         *("-" if found[key] is None else f"{found[key]:.2f}" for key in INTERVALS),
         "-" if gain is None else f"{gain:.2f}",
         f"{found['nats']:.0f}",
-        "-" if found["moved_meV"] is None else f"{found['moved_meV']:.1f}",
+        "-" if found.get("moved_meV") is None else f"{found['moved_meV']:.1f}",
         f"{found['fit_cpu_s']:.0f}",
     ]
 
