@@ -119,7 +119,10 @@ WRONG = {
         ("calculator: emt", "calculator: emtt"),
         "there is no calculator 'emtt'. Perhaps you meant 'emt'",
     ),
-    "no dynamics": (("dynamics: {temperature_K: 300, steps: 30, timestep_fs: 4}\n", ""), "`dynamics` is missing"),
+    "no dynamics": (
+        ("dynamics: {temperature_K: 300, steps: 30, timestep_fs: 4}\n", ""),
+        "has neither `dynamics` (molecular dynamics that learns) nor `reactions`",
+    ),
     "a bad value": (("steps: 30", "steps: 0"), "`dynamics.steps` must be at least 1; got 0"),
     "a list that is too long": (
         ("temperature_K: 300", "temperature_K: [1, 2, 3]"),
