@@ -451,7 +451,12 @@ class OnlineFit:
         has no inducing variables in place of his own, which overstates variances against errors (decision 013)."""
         learned = calibrate.left_out_calibration(found)
         few = self.n_labels <= calibrate.FEW_ANEW and self.structures.n_atoms <= LEFT_OUT
-        if not few or self.exact or self.charges or any(isinstance(i.shares, dict) for i in self.recipe.inducings):
+        if (
+            not few
+            or self.exact
+            or self.recipe.long_range.charges
+            or any(isinstance(i.shares, dict) for i in self.recipe.inducings)
+        ):
             return learned
         anew = calibrate.predict_in_folds(self.structures, self.targets, self._anew)
         energies = calibrate.left_out_calibration(anew).kinds["energies"] if anew else learned.kinds["energies"]
