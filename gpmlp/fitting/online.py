@@ -447,16 +447,11 @@ class OnlineFit:
         return new if wanted else new.recalibrated()
 
     def _learned_calibration(self, found: LeftOut) -> Calibration:
-        """From structures left out in turn; of energies, where data are few, from fits made anew without a part of them: who is left out
-        has no inducing variables in place of his own, which overstates variances against errors (decision 013)."""
-        learned = calibrate.left_out_calibration(found)
+        """From structures left out; of energies, where data are few, from fits made anew without a part of them (decision 013)."""
+        learned, recipe = calibrate.left_out_calibration(found), self.recipe
         few = self.n_labels <= calibrate.FEW_ANEW and self.structures.n_atoms <= LEFT_OUT
-        if (
-            not few
-            or self.exact
-            or self.recipe.long_range.charges
-            or any(isinstance(i.shares, dict) for i in self.recipe.inducings)
-        ):
+        apart = recipe.long_range.charges or any(isinstance(i.shares, dict) for i in recipe.inducings)
+        if not few or self.exact or apart:
             return learned
         anew = calibrate.predict_in_folds(self.structures, self.targets, self._anew)
         energies = calibrate.left_out_calibration(anew).kinds["energies"] if anew else learned.kinds["energies"]
