@@ -11,9 +11,9 @@ from ase.calculators.emt import EMT
 from test_label_outliers import SMALL, crystals
 
 import gpmlp
-from gpmlp.fitting.energy_zeros import FEWEST, KIND, find_two_zeros
+from gpmlp.fitting.energy_zeros import FEWEST, find_two_zeros
 from gpmlp.io import ase_atoms
-from gpmlp.io.label_checks.work import _alike, _tied
+from gpmlp.io.label_checks.work import TWO_ZEROS, _alike, _tied
 from gpmlp.recipe import Recipe
 
 OFFSET = 0.03  # eV/atom
@@ -26,7 +26,7 @@ def data():
 
 
 def zeros(findings):
-    return [finding for finding in findings if finding.kind == KIND]
+    return [finding for finding in findings if finding.kind == TWO_ZEROS]
 
 
 @pytest.mark.parametrize("named", [True, False])

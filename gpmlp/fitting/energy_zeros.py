@@ -15,9 +15,8 @@ from gpmlp.core.findings import Finding
 from gpmlp.core.quantities import Prediction, Targets
 from gpmlp.core.structures import Structures
 from gpmlp.io.label_checks.totals import isolated_frames
-from gpmlp.io.label_checks.work import ZERO_ADVICE, source_of
+from gpmlp.io.label_checks.work import TWO_ZEROS, ZERO_ADVICE, source_of
 
-KIND = "energies-of-two-zeros"
 FEWEST, FEWEST_NAMED = 5, 4  # frames of a heap found in the residuals; of one with a name, and of all others
 SMALLEST = 5e-3  # eV/atom between heaps: less is a matter of cutoffs and k-points, and of the model
 LENGTH = 0.1  # A, that forces have to be wrong along to make such a difference of an atom's energy
@@ -62,7 +61,7 @@ def find_two_zeros(
         "functional, pseudopotential, settings, isolated atoms)."
     )
     numbers = {"offset_eV_per_atom": off, "scatter_eV_per_atom": within, "frames": float(len(index))}
-    return [Finding(KIND, "warning", text, tuple(structures.names[i] for i in index), numbers, ZERO_ADVICE)]
+    return [Finding(TWO_ZEROS, "warning", text, tuple(structures.names[i] for i in index), numbers, ZERO_ADVICE)]
 
 
 def _heaps(

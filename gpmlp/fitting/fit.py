@@ -53,7 +53,7 @@ from gpmlp.gp.exact import ExactPosterior
 from gpmlp.gp.likelihood import Hyperparameters
 from gpmlp.gp.posterior import SparsePosterior
 from gpmlp.gp.stored_factors import rounded_factor
-from gpmlp.io.label_checks import charge_fits
+from gpmlp.io.label_checks import charge_fits, work
 from gpmlp.io.label_checks.charges import unequal_charges
 from gpmlp.io.label_checks.stage import sort_findings
 from gpmlp.potential.baseline import Baseline
@@ -219,7 +219,7 @@ def _wrong_labels(
         *label_outliers.contradictions(*about, wrong, scale, data.findings),
         *label_outliers.noise_finding(data.structures, wrong, numbers["train_rmse"], numbers["noise_by_evidence"]),
     ]
-    if not {"energies-against-forces", energy_zeros.KIND} & {finding.kind for finding in found}:
+    if not {"energies-against-forces", work.TWO_ZEROS} & {finding.kind for finding in found}:
         used = ~(wrong.energies | data.failed)
         found += energy_zeros.find_two_zeros(*about, used, numbers["train_rmse"].get("forces", 0.0))
     if again.charges is not None:

@@ -31,6 +31,7 @@ BETTER = 0.6  # a slope that is believed leaves at most this of what the slope 1
 STRANGE, BEST = 10.0, 3  # times the scatter of all pairs: a frame whose 3 best pairs all deviate so far is wrong
 SMALLEST_DEVIATION = 0.02  # eV/atom
 CAUCHY, ITERATIONS = 2.0, 30
+TWO_ZEROS = "energies-of-two-zeros"
 STEADY, BEYOND = 5.0, 2.5  # times the standard error of its median, and the expected error of a pair: an offset
 ZERO_ADVICE = (
     "Compute all frames with one code and one setting, or shift these energies; until then these frames can have an energy noise of "
@@ -168,6 +169,8 @@ def check_work(structures: Structures, targets: Targets, pairs: NearPairs) -> li
     numbers = {source: k for k, source in enumerate(dict.fromkeys(sources))}
     of_frame = torch.tensor([numbers[source] for source in sources], dtype=torch.long)
     pairs = pairs.select(of_frame[pairs.first] == of_frame[pairs.second])
+    types = {name: k for k, name in enumerate(dict.fromkeys(targets.config_types))}
+    of_type = torch.tensor([types[name] for name in targets.config_types], dtype=torch.long)
     labelled = bool((~targets.energies.isnan()).any() and (~targets.forces.isnan()).any())
     out, judged = [], False
     for source, k in numbers.items():
@@ -175,9 +178,7 @@ def check_work(structures: Structures, targets: Targets, pairs: NearPairs) -> li
         zeros = _two_zeros(structures, targets.config_types, of_frame == k, part)
         out += zeros
         if zeros:  # these would upset the slope
-            part = part.select(
-                torch.tensor([targets.config_types[a] == targets.config_types[b] for a, b in _ends(part)])
-            )
+            part = part.select(of_type[part.first] == of_type[part.second])
         fit = fit_work(part)
         if fit is None:
             continue
@@ -303,10 +304,6 @@ def _strange_frames(structures: Structures, pairs: NearPairs, fit: WorkFit) -> l
     return out
 
 
-def _ends(pairs: NearPairs) -> list[tuple[int, int]]:
-    return list(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
-
-
 def _two_zeros(structures: Structures, config_types: Sequence[str], here: Tensor, pairs: NearPairs) -> list[Finding]:
     """Config_types whose energies are off those of most frames by the same amount per atom, in pairs of near frames of both.
 
@@ -337,7 +334,7 @@ def _two_zeros(structures: Structures, config_types: Sequence[str], here: Tensor
                 "functional, pseudopotential, settings)."
             )
             frames, numbers = example_frames(structures, pairs.select(between)), {"offset_eV_per_atom": off}
-            out.append(Finding("energies-of-two-zeros", "error", text, frames, numbers, ZERO_ADVICE))
+            out.append(Finding(TWO_ZEROS, "error", text, frames, numbers, ZERO_ADVICE))
     return out
 
 
