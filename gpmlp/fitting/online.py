@@ -450,7 +450,7 @@ class OnlineFit:
         """From structures left out; of energies, where data are few, from fits made anew without a part of them (decision 013)."""
         learned, recipe = calibrate.left_out_calibration(found), self.recipe
         few = self.n_labels <= calibrate.FEW_ANEW and self.structures.n_atoms <= LEFT_OUT
-        apart = recipe.long_range.charges or any(isinstance(i.shares, dict) for i in recipe.inducings)
+        apart = recipe.long_range.charges != "off" or any(isinstance(i.shares, dict) for i in recipe.inducings)
         if not few or self.exact or apart:
             return learned
         anew = calibrate.predict_in_folds(self.structures, self.targets, self._anew)
