@@ -520,7 +520,7 @@ def running(group: int) -> list[int]:
 
 def test_an_interrupted_fit_leaves_no_workers(train_file, tmp_path):
     """Ctrl-C reaches all processes of a terminal: the command says so, its workers say nothing, and none is left."""
-    long = ["--set", "inducing.n=200", "--set", "descriptor.n_max=8"]  # to be there still when the signal comes
+    long = ["--set", "inducing.n=90", "--set", "descriptor.n_max=8"]  # to be there still when the signal comes
     command = [sys.executable, "-m", "gpmlp", "fit", str(train_file), *QUICK, *long, "--workers", "2", "-o", "m.gpmlp"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(

@@ -7,6 +7,7 @@ import logging
 import os
 import queue
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -342,7 +343,8 @@ def open_executor(workers: int | None = None, address: str | None = None) -> Ite
         yield None
         return
     distributed = _import_distributed()
-    with ExitStack() as stack:
+    stack = ExitStack()
+    try:
         if workers is not None:
             import dask
 
@@ -356,6 +358,26 @@ def open_executor(workers: int | None = None, address: str | None = None) -> Ite
             ready = client.submit(_get_ready, workers=[worker], allow_other_workers=True, pure=False)
             distributed.fire_and_forget(ready)
         yield client
+    finally:
+        with _interrupted_later():  # a Client that is half closed waits for its scheduler, which is gone
+            stack.close()
+
+
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Ctrl-C in here is heard when this ends."""
+    here = threading.current_thread() is threading.main_thread()
+    if not here or not callable(signal.getsignal(signal.SIGINT)):  # nobody hears of it
+        yield
+        return
+    heard: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *_: heard.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if heard:
+        raise KeyboardInterrupt
 
 
 @contextmanager
