@@ -10,7 +10,9 @@ from gpmlp.core.structures import Structures
 from gpmlp.io.label_checks import stresses
 from gpmlp.io.label_checks.charges import check_charges
 from gpmlp.io.label_checks.coincident import check_coincident
+from gpmlp.io.label_checks.lengths import check_lengths
 from gpmlp.io.label_checks.near_frames import find_near_pairs
+from gpmlp.io.label_checks.net_forces import check_net_forces
 from gpmlp.io.label_checks.outliers import check_outliers
 from gpmlp.io.label_checks.repeats import check_repeats
 from gpmlp.io.label_checks.totals import check_totals
@@ -40,13 +42,15 @@ def check(structures: Structures, targets: Targets) -> tuple[Finding, ...]:
     far = check_outliers(structures, targets)
     named = {frame for f in far for frame in f.frames}
     work = [f for f in work if f.kind != "energy-against-near-frames" or not named & set(f.frames)]
+    coincident = check_coincident(structures)
     findings = [
-        *check_coincident(structures),
+        *(coincident or check_lengths(structures)),
         *check_repeats(structures, targets),
         *work,
         *strained,
         *check_totals(structures, targets),
         *check_charges(structures, targets),
+        *check_net_forces(structures, targets),
         *far,
     ]
     return sort_findings(findings)

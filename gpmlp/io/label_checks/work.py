@@ -31,6 +31,10 @@ BETTER = 0.6  # a slope that is believed leaves at most this of what the slope 1
 STRANGE, BEST = 10.0, 3  # times the scatter of all pairs: a frame whose 3 best pairs all deviate so far is wrong
 SMALLEST_DEVIATION = 0.02  # eV/atom
 CAUCHY, ITERATIONS = 2.0, 30
+PARTS, SURE = (
+    16,
+    6.0,
+)  # of the frames, left out in turn; standard errors from 1: a slope of the opposite sign is believed
 TWO_ZEROS = "energies-of-two-zeros"
 STEADY, BEYOND = 5.0, 2.5  # times the standard error of its median, and the expected error of a pair: an offset
 ZERO_ADVICE = (
@@ -180,6 +184,8 @@ def check_work(structures: Structures, targets: Targets, pairs: NearPairs) -> li
         if zeros:  # these would upset the slope
             part = part.select(of_type[part.first] == of_type[part.second])
         fit = fit_work(part)
+        if fit is None or (fit.right and math.isnan(fit.stress_slope)):
+            out += _opposite_stresses(structures, part)
         if fit is None:
             continue
         judged = judged or not math.isnan(fit.force_slope)
@@ -195,6 +201,26 @@ def check_work(structures: Structures, targets: Targets, pairs: NearPairs) -> li
         )
         out.append(Finding("energies-against-forces-no-verdict", "note", text))
     return out
+
+
+def _opposite_stresses(structures: Structures, pairs: NearPairs) -> list[Finding]:
+    """Stresses of the opposite sign, by all pairs together where no single one says anything about stresses."""
+    works = torch.stack([pairs.force_work, pairs.stress_work], 1) / expected_error(pairs)[:, None]
+    energy = pairs.energy / expected_error(pairs)
+    if int((pairs.stress_work != 0).sum()) < PARTS * FEWEST_PAIRS:
+        return []
+
+    def slope(kept: Tensor) -> float:
+        return float(_robust_slopes(works[kept], energy[kept])[1])
+
+    every = slope(torch.ones_like(pairs.first, dtype=torch.bool))
+    parts = torch.tensor([slope((pairs.first % PARTS != k) & (pairs.second % PARTS != k)) for k in range(PARTS)])
+    error = float(((PARTS - 1) * parts.var(correction=0)).sqrt())  # of the jackknife by frames
+    if not (every < -2 * error and 1 - every > SURE * error):
+        return []
+    volume, evidence = float(structures.volumes[pairs.first].nanmean()), f"{len(pairs)} pairs of near frames"
+    numbers = {"pairs": float(len(pairs)), "slope_error": error}
+    return [scale_finding(every, volume, evidence, example_frames(structures, pairs), numbers)]
 
 
 def _contradiction(structures: Structures, pairs: NearPairs, fit: WorkFit, where: str) -> list[Finding]:
