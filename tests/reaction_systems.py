@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ase import Atoms
@@ -64,3 +68,30 @@ def gpmlp_command(folder: Path, *words: str) -> subprocess.CompletedProcess:
             if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(folder)):
                 del sys.modules[name]
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def killed_and_resumed(
+    tmp_path: Path, written: Callable[[Path], Path], command: str, recipe: str, output: str, labels_before: int
+) -> tuple[list[Path], subprocess.CompletedProcess]:
+    """One run that nothing happens to, and one that kill -9 ends once there are so many labels and that goes on with --resume: they
+    have asked for the same labels. Their two output folders, and the end of the first."""
+    folders = [written((tmp_path / name).mkdir() or tmp_path / name) for name in ("whole", "killed")]
+    whole = gpmlp_command(folders[0], command, recipe)
+    assert whole.returncode == 0, whole.stderr
+    words = [sys.executable, "-m", "gpmlp", command, recipe]
+    process = subprocess.Popen(words, cwd=folders[1], stderr=subprocess.DEVNULL)
+    labels, deadline = folders[1] / output / "labels.xyz", time.monotonic() + 120
+    while time.monotonic() < deadline and not (
+        labels.exists() and labels.read_text().count("Properties") >= labels_before
+    ):
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = labels.read_bytes()
+    again = gpmlp_command(folders[1], command, recipe)
+    assert again.returncode == 2 and "holds a run already" in again.stderr
+    resumed = gpmlp_command(folders[1], command, recipe, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert labels.read_bytes() == (folders[0] / output / "labels.xyz").read_bytes()
+    assert labels.read_bytes().startswith(before) and len(before) < len(labels.read_bytes())
+    return [folder / output for folder in folders], whole

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import ase.io
@@ -20,7 +15,7 @@ from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms, FixBondLengths, FixCartesian, FixedLine, FixedPlane
 from ase.optimize import BFGS
 from ase.vibrations import Vibrations
-from reaction_systems import gpmlp_command, hop, oracle_barrier, slab
+from reaction_systems import gpmlp_command, hop, killed_and_resumed, oracle_barrier, slab
 
 import gpmlp
 from gpmlp.core.errors import UserError
@@ -331,34 +326,16 @@ def written_hop(folder: Path) -> Path:
 
 def test_neb_killed_and_resumed_asks_for_the_same_labels(tmp_path, found):
     """kill -9 while labels come; the resumed run has the labels of one that was never killed, and its barrier is the class's."""
-    folders = [written_hop((tmp_path / name).mkdir() or tmp_path / name) for name in ("whole", "killed")]
-    whole = gpmlp_command(folders[0], "neb", "neb.yaml")
-    assert whole.returncode == 0, whole.stderr
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gpmlp", "neb", "neb.yaml"], cwd=folders[1], stderr=subprocess.DEVNULL
-    )
-    labels = folders[1] / "path" / "labels.xyz"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (labels.exists() and labels.read_text().count("Properties") >= 3):
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    before = labels.read_bytes()
-    again = gpmlp_command(folders[1], "neb", "neb.yaml")
-    assert again.returncode == 2 and "holds a run already" in again.stderr
-    resumed = gpmlp_command(folders[1], "neb", "neb.yaml", "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert labels.read_bytes() == (folders[0] / "path" / "labels.xyz").read_bytes()
-    assert labels.read_bytes().startswith(before) and len(before) < len(labels.read_bytes())
-    numbers = [json.loads((folder / "path" / "neb.json").read_text()) for folder in folders]
+    folders, whole = killed_and_resumed(tmp_path, written_hop, "neb", "neb.yaml", "path", 3)
+    numbers = [json.loads((folder / "neb.json").read_text()) for folder in folders]
     assert numbers[0] == numbers[1]
     assert numbers[0]["converged"] is True and numbers[0]["oracle_calls"] <= 5
     assert numbers[0]["barrier_eV"] == pytest.approx(found.path.barrier, abs=2e-3)
     assert 0 < numbers[0]["barrier_sigma_eV"] < 0.01
     assert numbers[0]["oracle_calls_end_points"] == 2
     assert "barrier" in whole.stdout and "the top" in whole.stderr
-    assert (folders[0] / "path" / "path.png").read_bytes().startswith(b"\x89PNG")
-    assert len(ase.io.read(folders[0] / "path" / "path.xyz", ":")) == 5
+    assert (folders[0] / "path.png").read_bytes().startswith(b"\x89PNG")
+    assert len(ase.io.read(folders[0] / "path.xyz", ":")) == 5
 
 
 def test_relax_writes_what_the_oracle_says(tmp_path):

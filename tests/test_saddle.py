@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +17,7 @@ from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms, FixedLine, FixedPlane
 from ase.optimize import BFGS
 from ase.vibrations import Vibrations
-from reaction_systems import gpmlp_command, hop, oracle_barrier, slab
+from reaction_systems import gpmlp_command, hop, killed_and_resumed, oracle_barrier, slab
 
 import gpmlp
 from gpmlp.core.errors import UserError
@@ -194,31 +189,15 @@ def written_search(folder: Path) -> Path:
 
 def test_saddle_killed_and_resumed_asks_for_the_same_labels(tmp_path, climbed):
     """kill -9 while labels come; then --resume: labels and numbers of a run that was never killed, which are the class's."""
-    folders = [written_search((tmp_path / name).mkdir() or tmp_path / name) for name in ("whole", "killed")]
-    whole = gpmlp_command(folders[0], "saddle", "saddle.yaml")
-    assert whole.returncode == 0, whole.stderr
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gpmlp", "saddle", "saddle.yaml"], cwd=folders[1], stderr=subprocess.DEVNULL
-    )
-    labels = folders[1] / "saddle" / "labels.xyz"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (labels.exists() and labels.read_text().count("Properties") >= 3):
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    before = labels.read_bytes()
-    resumed = gpmlp_command(folders[1], "saddle", "saddle.yaml", "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert labels.read_bytes() == (folders[0] / "saddle" / "labels.xyz").read_bytes()
-    assert labels.read_bytes().startswith(before) and len(before) < len(labels.read_bytes())
-    numbers = [json.loads((folder / "saddle" / "saddle.json").read_text()) for folder in folders]
+    folders, whole = killed_and_resumed(tmp_path, written_search, "saddle", "saddle.yaml", "saddle", 3)
+    numbers = [json.loads((folder / "saddle.json").read_text()) for folder in folders]
     assert numbers[0] == numbers[1]
     assert numbers[0]["converged"] is True and numbers[0]["joins_start"] is True
     assert numbers[0]["barrier_eV"] == pytest.approx(climbed.saddle.barrier, abs=2e-3)
     assert numbers[0]["oracle_calls"] == len(climbed.labels)
     assert numbers[0]["oracle_calls_relaxations"] == len(climbed.surface.labels) - len(climbed.labels)
     assert len(numbers[0]["imaginary_frequencies_per_cm"]) == 1 and 0 < numbers[0]["barrier_sigma_eV"] < 0.01
-    frames = ase.io.read(folders[0] / "saddle" / "saddle.xyz", ":")
+    frames = ase.io.read(folders[0] / "saddle.xyz", ":")
     assert [frame.info["what"] for frame in frames] == ["start", "saddle", "side 1", "side 2"]
     assert "barrier" in whole.stdout and "following the mode" in whole.stderr
 

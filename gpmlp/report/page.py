@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
@@ -45,9 +46,10 @@ class Page:
 
     Attributes:
         template: of the sections. kind: of page, in words; about: (name, value) for the line below the title.
-        tiles: (number, what it is). record: what report.json holds besides title and answers.
-        labels, whole: what points of the plots belong to, and what a point without an atom is called.
+        tiles: (number, what it is).
         values: what else the template needs, by name.
+        record: what report.json holds besides title and answers.
+        labels, whole: what points of the plots belong to, and what a point without an atom is called.
         file: what the page is called in its folder.
         numbers_in: the files with its numbers, in words; report.json is written with the page, others are there already.
     """
@@ -58,12 +60,12 @@ class Page:
     about: Sequence[tuple[str, str]]
     tiles: Sequence[tuple[str, str]]
     sections: Sequence[Section]
-    record: Mapping[str, Any]
-    scatters: Mapping[str, Scatter]
     pictures: Mapping[str, Picture]
-    labels: PointLabels
-    whole: str
     values: Mapping[str, Any]
+    record: Mapping[str, Any] = field(default_factory=dict)
+    scatters: Mapping[str, Scatter] = field(default_factory=dict)
+    labels: PointLabels = PointLabels((), (), np.zeros(0, int), np.zeros(0, int))
+    whole: str = ""
     file: str = PAGE
     numbers_in: str = RECORD
 

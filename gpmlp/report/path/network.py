@@ -6,18 +6,20 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from ase import Atoms
+from markupsafe import Markup
 
-from gpmlp.learning.paths.network import GPReactionNetwork
+from gpmlp.learning.paths.network import GPReactionNetwork, Minimum, Reaction
 from gpmlp.learning.paths.run import NetworkOutcome
-from gpmlp.report.figures import Picture, PointLabels, draw_picture
+from gpmlp.report.figures import Picture, draw_picture
 from gpmlp.report.page import Page, Section
-from gpmlp.report.path.page import SETTINGS, draw_structure
-from gpmlp.report.style import ACCENT, GRID, INK, PALE
+from gpmlp.report.path.page import SETTINGS, draw_structure, reaction_page
+from gpmlp.report.style import ACCENT, GRID, INK, PALE, format_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NARROWEST, EACH = 6.4, 1.1  # inches of the figure, and of each minimum
+NARROWEST, EACH = 5.6, 0.9  # inches of the figure, and of each minimum
 POINTS = 40  # of an arc
 HALF = 0.28  # of the bar of a minimum
 
@@ -26,9 +28,12 @@ def network_page(outcome: NetworkOutcome, recipe: Mapping[str, Any]) -> Page:
     """Of `gpmlp learn` with `reactions`. Raises UserError: matplotlib is not installed."""
     network, numbers = outcome.network, outcome.numbers
     start = network.minima[0].atoms
-    kinds = {
-        "minima": [(m, draw_structure(m.atoms, _moved(start, m.atoms), f"minimum {m.number}")) for m in network.minima],
-        "reactions": [(r, draw_structure(r.saddle, r.mode, f"saddle {r.number}", r.mode)) for r in network.reactions],
+    values = {
+        "minima": [_drawn_minimum(start, m) for m in network.minima],
+        "saddles": [_drawn_saddle(r) for r in network.reactions],
+        "reactions": network.reactions,
+        "searches": network.searches,
+        "recipe": recipe,
     }
     tiles = [
         (str(sum(not m.doubt for m in network.minima)), "minima"),
@@ -40,47 +45,53 @@ def network_page(outcome: NetworkOutcome, recipe: Mapping[str, Any]) -> Page:
         Section("network", "Where does it lead?", "", _led(network)),
         Section("minima", "Which minima are there?", "", _rest(network)),
         Section("reactions", "How high are the barriers?", "", _barriers(network)),
-        Section("searches", "What was tried?", "", f"{len(network.searches)} searches; it ended as {network.ended}."),
+        Section(
+            "searches", "What was tried?", "", f"{len(network.searches)} searches; it ended because {network.ended}."
+        ),
         SETTINGS,
     ]
-    return Page(
-        template="network.html",
-        kind="Reaction network",
-        title=f"Reactions of {start.get_chemical_formula()}",
-        about=[("Atoms", str(len(start))), ("Periodic", "yes" if start.pbc.any() else "no")],
-        tiles=tiles,
-        sections=sections,
-        record={},
-        scatters={},
-        pictures={"network": network_picture(network)},
-        labels=PointLabels((), (), np.zeros(0, int), np.zeros(0, int)),
-        whole="",
-        values={**kinds, "searches": network.searches, "recipe": recipe},
-        file="network.html",
-        numbers_in="network.json",
-    )
+    pictures = {"network": network_picture(network)}
+    return reaction_page("Reaction network", "network", start, tiles, sections, pictures, values)
 
 
-def _moved(start: Any, atoms: Any) -> np.ndarray:
+def _drawn_minimum(start: Atoms, m: Minimum) -> tuple[str, str, Markup, str]:
+    drawing = draw_structure(m.atoms, _moved(start, m.atoms), f"minimum {m.number}", ring=False)
+    return str(m.number), f"{m.energy:.3f} ± {format_number(m.sigma, 2)} eV, {m.fragments}", drawing, _in_print(m.doubt)
+
+
+def _drawn_saddle(r: Reaction) -> tuple[str, str, Markup, str]:
+    drawing = draw_structure(r.saddle, r.mode, f"saddle {r.number}", r.mode)
+    return f"saddle {r.number}", f"{r.energy:.3f} eV", drawing, r.doubt
+
+
+def _moved(start: Atoms, atoms: Atoms) -> np.ndarray:
     """(atoms, 3), or the distance from the middle where the order of atoms is another."""
     moved = atoms.positions - start.positions
     return np.asarray(moved if np.abs(moved).max() > 0 else atoms.positions - atoms.positions.mean(axis=0))
 
 
 def _led(network: GPReactionNetwork) -> str:
-    products = {r.second for r in network.reactions if r.first == 1} | {
-        r.first for r in network.reactions if r.second == 1
-    }
-    direct = len(products - {1})
+    others = {m.number for m in network.minima[1:] if not m.doubt}
+    direct = others & {n for r in network.reactions if not r.doubt and r.first == 1 for n in (r.first, r.second)}
+    minima = "1 other minimum" if len(others) == 1 else f"{len(others)} other minima"
     return (
-        f"From the start to {len(network.minima) - 1} other minima, {direct} of them in one step. Bars: minima; arcs: reactions, as high "
-        "as their saddles; loops lead to the same minimum with atoms exchanged."
+        f"From the start to {minima}, {len(direct)} of them in one step. Bars: minima; arcs: reactions, as high as their saddles; loops "
+        "lead to the same minimum with atoms exchanged."
     )
+
+
+def _in_print(doubt: str) -> str:
+    """A doubt with the signs of a page."""
+    return doubt.replace("eV/A^2", "eV/Å²").replace("curvature -", "curvature −")
 
 
 def _rest(network: GPReactionNetwork) -> str:
     doubted = sum(bool(m.doubt) for m in network.minima)
-    more = f" {doubted} of them still had a mode that goes down, by the model." if doubted else ""
+    more = (
+        f" {doubted} of them still {'has' if doubted == 1 else 'have'} a mode that goes down, by the model."
+        if doubted
+        else ""
+    )
     return f"Energies above the start's, at rest by the oracle, with σ.{more}"
 
 
@@ -91,11 +102,14 @@ def _barriers(network: GPReactionNetwork) -> str:
     if not sound:
         return f"{len(network.reactions)} places with a mode that goes down were found, but no barrier that is sure; the table says why."
     lowest, doubted = min(sound, key=lambda r: r.forward), len(network.reactions) - len(sound)
+    no_barrier = (
+        f" {doubted} {'is no reaction' if doubted == 1 else 'are no reactions'} over a barrier; the table says why."
+    )
     sure = sum(len(r.imaginary) == 1 for r in network.reactions)
     return (
         f"The lowest is {lowest.forward:.3f} ± {lowest.sigma:.2g} eV, of reaction {lowest.number}. {sure} of "
         f"{len(network.reactions)} saddles have one imaginary frequency by the model. σ: noise of the labels, and what the forces that are "
-        f"left may hide.{f' {doubted} are no reactions over a barrier; the table says why.' if doubted else ''}"
+        f"left may hide.{no_barrier if doubted else ''}"
     )
 
 

@@ -14,7 +14,7 @@ from gpmlp.learning.paths.run import PathOutcome, RelaxOutcome, RelaxStep, Saddl
 from gpmlp.learning.paths.saddle import SaddleLabel
 from gpmlp.learning.paths.vibrations import SOFT, SaddleModes
 from gpmlp.report.drawing import TURN, draw_atoms
-from gpmlp.report.figures import Picture, PointLabels
+from gpmlp.report.figures import Picture
 from gpmlp.report.page import Page, Section
 from gpmlp.report.path.figures import foreseen_picture, path_picture, relaxation_picture, saddle_picture
 from gpmlp.report.style import format_number, join_words, species_colours
@@ -24,7 +24,7 @@ FARTHEST = 6.0  # A from what moves, in a periodic structure
 ARROW = 1.2  # A, the longest
 LEAST_SIGMA = 5e-4  # eV; errors are compared with no less
 SETTINGS = Section("recipe", "Which settings were used?", "", "Those of the recipe, and defaults.")
-FILES = {"neb": "path.html", "saddle": "saddle.html", "relax": "relaxed.html"}
+FILES = {"neb": "path.html", "saddle": "saddle.html", "relax": "relaxed.html", "network": "network.html"}
 RINGED = "Ringed: the atom that moves most. In periodic structures the atoms around it are drawn."
 PATH_WORDS = {
     "caption": "Energies less that of the start, by the model after the last label; rings and counts: images that were labelled.",
@@ -42,13 +42,13 @@ class _Search:
     """What the pages of a path and of a saddle share.
 
     Attributes:
-        answer: to how high the barrier is; structures: name, energy and drawing of each.
+        answer: to how high the barrier is; structures: name, energy and drawing of each, and no warning.
         errors, sigmas: (labels,) eV, of energies as they were foreseen; places: (labels,) words, where and why.
         more_calls: of relaxations; course: the figure; words: caption, and what drawings show.
     """
 
     answer: str
-    structures: Sequence[tuple[str, str, Markup]]
+    structures: Sequence[tuple[str, str, Markup, str]]
     modes: SaddleModes
     labels: Sequence[BandLabel] | Sequence[SaddleLabel]
     places: Sequence[str]
@@ -65,7 +65,7 @@ def path_page(outcome: PathOutcome, labels: Sequence[BandLabel], recipe: Mapping
     drawn = [(0, "start"), (path.top, "top"), (len(path.images) - 1, "end")]
     moved = path.images[-1].positions - path.images[0].positions
     structures = [
-        (name, f"{_signed(path.energies[i])} eV", draw_structure(path.images[i], moved, name)) for i, name in drawn
+        (name, f"{_signed(path.energies[i])} eV", draw_structure(path.images[i], moved, name), "") for i, name in drawn
     ]
     answer = (
         f"{path.barrier:.3f} ± {path.sigma:.2g} eV, and {numbers['reverse_barrier_eV']:.3f} eV from the other end; the reaction takes "
@@ -89,7 +89,7 @@ def saddle_page(outcome: SaddleOutcome, labels: Sequence[SaddleLabel], recipe: M
     ]
     shown = [("start", saddle.start, 0.0), ("saddle", saddle.atoms, saddle.barrier), *sides]
     structures = [
-        (name, f"{_signed(energy)} eV", draw_structure(atoms, mode, name, mode if name == "saddle" else None))
+        (name, f"{_signed(energy)} eV", draw_structure(atoms, mode, name, mode if name == "saddle" else None), "")
         for name, atoms, energy in shown
     ]
     joins = {
@@ -111,7 +111,7 @@ def relaxation_page(outcome: RelaxOutcome, steps: Sequence[RelaxStep], recipe: M
     """Of `gpmlp relax`. Raises UserError: matplotlib is not installed."""
     start, atoms, last = outcome.start, outcome.atoms, steps[-1]
     moved = atoms.positions - start.positions
-    structures = [(name, "", draw_structure(x, moved, name)) for name, x in (("start", start), ("relaxed", atoms))]
+    structures = [(name, "", draw_structure(x, moved, name), "") for name, x in (("start", start), ("relaxed", atoms))]
     ended = "" if outcome.converged else " It did not come to rest: go on with more labels."
     answer = (
         f"{steps[0].energy - last.energy:.3f} eV below where it began, no atom farther than {np.linalg.norm(moved, axis=1).max():.2f} Å "
@@ -129,7 +129,7 @@ def relaxation_page(outcome: RelaxOutcome, steps: Sequence[RelaxStep], recipe: M
         (f"{last.force:.3f} eV/Å", "largest force"),
     ]
     values = {"structures": structures, "steps": steps, "recipe": recipe, **RELAX_WORDS}
-    return _page("Relaxation", "relax", start, tiles, sections, {"course": relaxation_picture(steps)}, values)
+    return reaction_page("Relaxation", "relax", start, tiles, sections, {"course": relaxation_picture(steps)}, values)
 
 
 def _search_page(
@@ -157,10 +157,10 @@ def _search_page(
     frequencies = [(format_number(abs(f)), f < 0) for f in search.modes.frequencies if abs(f) > SOFT]
     pictures = {"course": search.course, "foreseen": foreseen_picture(search.labels, errors, sigmas)}
     values = {"structures": search.structures, "rows": rows, "frequencies": frequencies, "recipe": recipe}
-    return _page(kind, name, start, tiles, sections, pictures, {**values, **search.words})
+    return reaction_page(kind, name, start, tiles, sections, pictures, {**values, **search.words})
 
 
-def _page(
+def reaction_page(
     kind: str,
     name: str,
     start: Any,
@@ -169,18 +169,15 @@ def _page(
     pictures: Mapping[str, Picture],
     values: Mapping[str, Any],
 ) -> Page:
+    """What is common to the pages of this folder; `name`: of the file with its numbers."""
     return Page(
-        template="path.html",
+        template="network.html" if name == "network" else "path.html",
         kind=kind,
         title=f"{kind} of {start.get_chemical_formula()}",
         about=[("Atoms", str(len(start))), ("Periodic", "yes" if start.pbc.any() else "no")],
         tiles=tiles,
         sections=sections,
-        record={},
-        scatters={},
         pictures=pictures,
-        labels=PointLabels((), (), np.zeros(0, int), np.zeros(0, int)),
-        whole="",
         values=values,
         file=FILES[name],
         numbers_in=f"{name}.json",
@@ -218,11 +215,14 @@ def foreseen_answer(errors: np.ndarray, sigmas: np.ndarray, more_calls: int) -> 
     )
 
 
-def draw_structure(atoms: Any, moved: np.ndarray, name: str, motion: np.ndarray | None = None) -> Markup:
+def draw_structure(
+    atoms: Any, moved: np.ndarray, name: str, motion: np.ndarray | None = None, ring: bool = True
+) -> Markup:
     """Inline SVG of a molecule in its own plane, or of the atoms of a periodic structure around the one that moves most.
 
     Args:
-        atoms: of ASE; moved: (atoms, 3), in which that atom moves most; motion: drawn as arrows.
+        atoms: of ASE; moved: (atoms, 3), in which that atom moves most; motion: drawn as arrows; ring: around that atom, where there are
+            no arrows.
     """
     far = int(np.linalg.norm(moved, axis=1).argmax())
     if atoms.pbc.any():
@@ -241,5 +241,5 @@ def draw_structure(atoms: Any, moved: np.ndarray, name: str, motion: np.ndarray 
     if motion is not None:
         arrows = ARROW * motion[shown] @ turn.T / np.linalg.norm(motion, axis=1).max()
     colours = species_colours(np.unique(atoms.numbers).tolist())
-    ringed = int(np.flatnonzero(shown == far)[0]) if motion is None else None
+    ringed = int(np.flatnonzero(shown == far)[0]) if ring and motion is None else None
     return draw_atoms(vectors, numbers, view, reach, colours, name, ringed, arrows)

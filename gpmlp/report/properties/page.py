@@ -12,7 +12,6 @@ import numpy as np
 
 from gpmlp.properties.compute import PropertyResults
 from gpmlp.properties.values import PropertyCurve, PropertyValue, has_spread
-from gpmlp.report.figures import PointLabels
 from gpmlp.report.page import Page, Section
 from gpmlp.report.properties.figures import curve_picture, cut_off, is_band_structure
 from gpmlp.report.properties.words import named_in_words, pretty_unit, to_its_error
@@ -69,11 +68,7 @@ def properties_page(
         about=[("Model", model)] * bool(model) + [("Samples of the posterior", str(results.samples))],
         tiles=_tiles(results),
         sections=_sections(results, bool(pictures), f"{oracle_answer(results.values, truth)}{route}", origin),
-        record={},
-        scatters={},
         pictures=pictures,
-        labels=PointLabels((), (), np.zeros(0, int), np.zeros(0, int)),
-        whole="",
         values={
             "groups": _groups(results.values, truth),
             "any_truth": bool(truth),
