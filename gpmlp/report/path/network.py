@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from ase import Atoms
 from markupsafe import Markup
 
 from gpmlp.learning.paths.network import GPReactionNetwork, Minimum, Reaction
@@ -54,7 +53,7 @@ def network_page(outcome: NetworkOutcome, recipe: Mapping[str, Any]) -> Page:
     return reaction_page("Reaction network", "network", start, tiles, sections, pictures, values)
 
 
-def _drawn_minimum(start: Atoms, m: Minimum) -> tuple[str, str, Markup, str]:
+def _drawn_minimum(start: Any, m: Minimum) -> tuple[str, str, Markup, str]:
     drawing = draw_structure(m.atoms, _moved(start, m.atoms), f"minimum {m.number}", ring=False)
     return str(m.number), f"{m.energy:.3f} ± {format_number(m.sigma, 2)} eV, {m.fragments}", drawing, _in_print(m.doubt)
 
@@ -64,7 +63,7 @@ def _drawn_saddle(r: Reaction) -> tuple[str, str, Markup, str]:
     return f"saddle {r.number}", f"{r.energy:.3f} eV", drawing, r.doubt
 
 
-def _moved(start: Atoms, atoms: Atoms) -> np.ndarray:
+def _moved(start: Any, atoms: Any) -> np.ndarray:
     """(atoms, 3), or the distance from the middle where the order of atoms is another."""
     moved = atoms.positions - start.positions
     return np.asarray(moved if np.abs(moved).max() > 0 else atoms.positions - atoms.positions.mean(axis=0))
