@@ -272,6 +272,12 @@ def test_when_charges_are_tried():
     assert charge_fit.reason_to_try(charged, _recipe(charges="off")) is None
 
 
+def test_error_bars_of_fewer_columns_beside_charges_are_compared_with_those_of_all():
+    recipe = Recipe.model_validate(SMALL | {"variance": {"columns": 60}, "long_range": {"charges": "local"}})
+    told = gpmlp.fit(*ions(20, 0, 6.0), recipe)[1].variance_subset
+    assert told["columns"] <= 60 < told["columns_of_fit"] and 0.8 < told["std_ratio_median"] < 1.5
+
+
 def test_functionals_left_to_the_data_make_room_for_charges(tmp_path, capsys):
     """`functionals: auto` is none where charges are asked for or have a reason to be tried; what `auto` does not try, a line says."""
     (near, labels), (wide, far) = ions(6, 0, 2.2, 1.5), ions(6, 0, 9.0)

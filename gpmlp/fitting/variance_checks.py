@@ -54,7 +54,7 @@ def subset_error(
     )  # what centres miss is hardly any of what functionals do
 
     def covariances_of(model: VarianceModel) -> Tensor:
-        predict = replace(potential, variances=model)
+        predict = replace(potential, variances=model, charges=None)  # whose columns are the same in both
         covariance = predict(part, "forces", atoms=atoms, form=form, calibrated=False).forces_covariance
         assert covariance is not None, "forces were asked for"
         return covariance.epistemic[atoms].double()
