@@ -11,6 +11,7 @@ import gpmlp
 from gpmlp.core.errors import UserError
 from gpmlp.core.units import VOIGT
 from gpmlp.fitting.fit import fit
+from gpmlp.potential.baselines import ZBL
 from gpmlp.recipe import Recipe
 
 KINDS = ("energies", "forces", "stresses")
@@ -67,9 +68,32 @@ def test_functionals_are_sums_of_entries(silicon, calibrated):
     torch.testing.assert_close(energy.std**2, block[0, 0] + block[1, 1] - 2 * block[0, 1], rtol=1e-7, atol=1e-12)
 
 
+def test_nuclear_repulsion_is_as_unsure_as_it_is_large(silicon):
+    """Of bonds shorter than those of the data nothing was learned: all kinds together, calibrated only; nothing where it is zero."""
+    potential, some = silicon
+    (repulsion,) = (b for b in potential.baselines if isinstance(b, ZBL))
+    bare = replace(potential, baselines=tuple(b for b in potential.baselines if b is not repulsion))
+    short = replace(some, positions=some.positions.clone())
+    near = short.positions[1] - short.positions[0]
+    short.positions[1] -= 0.5 * near
+    generator = torch.Generator().manual_seed(3)
+    forces = torch.randn(2, some.n_atoms, 3, generator=generator, dtype=torch.float64)
+    energies, stresses = torch.eye(2, dtype=torch.float64), torch.randn(2, 2, 3, 3, generator=generator).double()
+    weights = {"energies": energies, "forces": forces, "stresses": stresses}
+    found = repulsion(short)
+    parts = [(w.flatten(1) @ getattr(found, kind).double().flatten()) for kind, w in weights.items()]
+    added = torch.stack(parts).sum(0)
+    assert float(added.abs().max()) > 0.1
+    more = potential.functional(short, weights).covariance - bare.functional(short, weights).covariance
+    torch.testing.assert_close(more, torch.outer(added, added), rtol=1e-5, atol=1e-7)
+    raw = (p.functional(short, weights, calibrated=False).covariance for p in (potential, bare))
+    torch.testing.assert_close(*raw)
+
+
 def test_functionals_of_novel_structures_are_wider(silicon):
     """By the root of the largest novelty among the structures whose weights are not zero, and not below what is typical."""
     potential, some = silicon
+    potential = replace(potential, baselines=tuple(b for b in potential.baselines if not isinstance(b, ZBL)))
     far = replace(some, positions=some.positions.clone())
     first = some.structure_of_atom == 0
     far.positions[first] += 0.4 * torch.randn(int(first.sum()), 3, generator=torch.Generator().manual_seed(1))

@@ -224,6 +224,25 @@ def test_values_unlike_the_data_are_wider_than_samples(copper):
         assert typical.high_90 - typical.value == pytest.approx(factor * (samples.high_90 - samples.value), rel=1e-6)
 
 
+def test_curves_unlike_the_data_are_wider_than_samples(copper):
+    """Each point of a dimer curve by the root of the larger novelty of its pair and of free atoms; others by that of all structures."""
+    none = replace(copper, calibration=replace(copper.calibration, typical_novelty=None))
+    typical = copper.calibration.typical_novelty
+    pair = Atoms("Cu2", [(0, 0, 0), (2.4, 0, 0)])
+    (wide,), (plain,) = (gpmlp.compute_properties(p, pair, ["dimers"]).curves for p in (copper, none))
+    assert wide.samples == 32 and (plain.sigma > 0).all()
+    ratio = (wide.sigma / plain.sigma) ** 2
+    surface = EnergySurface(copper)
+    places = [Atoms("Cu2", [(0, 0, 0), (0, 0, r)]) for r in (*wide.x, 1e3)]
+    novelty = surface.novelty(places)
+    expected = np.maximum(np.maximum(novelty[:-1], novelty[-1]) / typical, 1.0)
+    np.testing.assert_allclose(ratio, expected, rtol=1e-5)
+    assert ratio[0] > 1
+    found, samples = (gpmlp.compute_properties(p, bulk("Cu"), ["eos"]) for p in (copper, none))
+    wider = found["bulk_modulus"].sigma / samples["bulk_modulus"].sigma
+    np.testing.assert_allclose(found.curves[0].sigma, wider * samples.curves[0].sigma, rtol=1e-6)
+
+
 def test_a_sample_that_fails_does_not_widen_the_rest():
     rng = np.random.default_rng(1)
     samples = rng.normal(2.0, 0.1, 200)

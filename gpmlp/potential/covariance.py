@@ -13,6 +13,7 @@ from gpmlp.core import errors, units
 from gpmlp.core.quantities import KINDS, Prediction
 from gpmlp.core.structures import Structures
 from gpmlp.gp.covariances import CovarianceRows
+from gpmlp.potential.baselines import ZBL
 from gpmlp.potential.samples import SampledPotential, sample_spread
 from gpmlp.uncertainty.mahalanobis import Mahalanobis
 
@@ -82,7 +83,22 @@ def functional(
     if mean.novelty is not None:
         wider = potential.calibration.functional_widening(_largest_novelty(structures, mean.novelty.to(like), stacked))
         found *= wider * wider[:, None]
+    if calibrated:
+        repulsion = _nuclear_repulsion(potential, structures, stacked)
+        found += repulsion * repulsion[:, None]
     return Functional(value, found) if ranks[kinds[0]] else Functional(value[0], found[0, 0])
+
+
+def _nuclear_repulsion(potential: CorrelatedPotential, structures: Structures, weights: Mapping[str, Tensor]) -> Tensor:
+    """(functionals,) what ZBL adds: it begins where the data end, so that none of it was learned, and all of it may be wrong."""
+    here, total = potential.to_own_device(structures), next(iter(weights.values())).new_zeros(())
+    for baseline in potential.baselines:
+        if isinstance(baseline, ZBL):
+            added = baseline(here)
+            total = total + sum(
+                w.flatten(1) @ getattr(added, k).to(w).nan_to_num().flatten() for k, w in weights.items()
+            )
+    return total.expand(len(next(iter(weights.values()))))
 
 
 def _largest_novelty(structures: Structures, novelty: Tensor, weights: Mapping[str, Tensor]) -> Tensor:

@@ -121,8 +121,8 @@ def compute_properties(
 
     The structures of each calculation are made on the mean potential; all samples of the posterior are evaluated there in one batch, and
     ions that were at rest on the mean take one Newton step with its force constants, which is right to first order in what a sample
-    differs by. With `full` each sample relaxes structures of its own, to check that. Values from structures unlike the training data have
-    larger standard deviations than samples (Calibration.functional_widening); bands of curves are those of samples.
+    differs by. With `full` each sample relaxes structures of its own, to check that. Values and points of curves from structures unlike
+    the training data have larger standard deviations than samples (Calibration.functional_widening).
 
     Args:
         structures: of ASE; info['name'] is what results call them (their formula if it is not there).
@@ -375,7 +375,7 @@ def _with_task(
     """The results with the values and curves of one task.
 
     Args:
-        novelty: of each of its structures; by how much wider than samples it makes values, the calibration says.
+        novelty: of each of its structures; by how much wider than samples it makes results, the calibration says.
     """
     plan, values, curves = task.plan, [], []
     outputs = plan.evaluate(mean)
@@ -391,9 +391,13 @@ def _with_task(
         told = [each if each and np.shape(each[name]) == nothing.shape else {} for each in told]
         samples = np.array([each.get(name, nothing) for each in told], dtype=float)
         full_name, unit, about = task.prefix + name, plan.units[name], plan.about.get(name, "")
+        sources = np.asarray(plan.sources.get(name, range(len(names))))
+        largest = None if novelty is None else novelty[sources].max(-1)
+        wider = 1.0 if largest is None else calibration.functional_widening(torch.as_tensor(largest)).numpy()
         if name in plan.curves:
             axis, value = plan.curves[name], np.asarray(value, dtype=float)
             sigma = spread(samples, value) if len(samples) else np.full_like(value, np.nan)
+            sigma = (sigma.T * wider).T
             lost = sum(name not in each for each in told)
             numbers = axis.x, axis.label, axis.unit, value, sigma, unit, axis.ticks
             curves.append(PropertyCurve(full_name, *numbers, len(found), lost, about))
@@ -402,12 +406,10 @@ def _with_task(
                     f"{full_name}: {other} of {len(found)} samples have another symmetry, and so another curve"
                 )
         else:
-            sources = list(plan.sources.get(name, range(len(names))))
             more: dict[str, Any] = {"about": about, "calculation": task.calculation.name}
-            more["structures"] = tuple(names[i] for i in sources)
-            if novelty is not None:
-                largest = float(novelty[sources].max())
-                more |= {"novelty": largest, "wider": float(calibration.functional_widening(torch.tensor(largest)))}
+            more |= {"structures": tuple(names[i] for i in sources), "wider": float(wider)}
+            if largest is not None:
+                more["novelty"] = float(largest)
             values.append(value_from_samples(full_name, unit, float(value), samples, **more))
     if unsure := [
         value.name for value in values if len(found) and not has_spread(len(found) - value.failed, len(found))

@@ -40,7 +40,8 @@ class Plan:
             step on another surface (itself, or the one without strain). What constraints hold stays.
         curves: outputs that are arrays, (n,) or (n, branches), and what they are drawn over.
         about: one sentence on each output.
-        sources: indices of the structures that an output is from; all, if it is not there.
+        sources: indices of the structures that an output is from, of a curve also (n, structures) for each of its points; all, if it is not
+            there.
         missing: what has no value on the surface of the plan, and why, by its name.
     """
 
@@ -50,7 +51,7 @@ class Plan:
     relaxed: Mapping[int, int] = field(default_factory=dict)
     curves: Mapping[str, CurveAxis] = field(default_factory=dict)
     about: Mapping[str, str] = field(default_factory=dict)
-    sources: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    sources: Mapping[str, Sequence[int] | np.ndarray] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
 
 

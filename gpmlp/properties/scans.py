@@ -76,9 +76,10 @@ class Dimers(Calculation):
 
         units: dict[str, str] = {}
         about: dict[str, str] = {}
-        sources: dict[str, Sequence[int]] = {}
+        sources: dict[str, Sequence[int] | np.ndarray] = {}
         for k, pair in enumerate(axes):
             mine = range(k * (self.points + 1), (k + 1) * (self.points + 1))
+            sources[f"dimer_{pair}"] = np.array([(i, mine[-1]) for i in mine[:-1]])
             sources |= {f"dimer_{pair}_well_depth": mine, f"dimer_{pair}_bond_length": mine}
             units |= {f"dimer_{pair}": "eV", f"dimer_{pair}_well_depth": "eV", f"dimer_{pair}_bond_length": "A"}
             about[f"dimer_{pair}"] = "energy of two atoms alone, less that of the same far apart"
@@ -181,7 +182,7 @@ class Torsions(Calculation):
 
         units: dict[str, str] = {}
         about: dict[str, str] = {}
-        sources: dict[str, Sequence[int]] = {}
+        sources: dict[str, Sequence[int] | np.ndarray] = {}
         placed: list[Atoms] = []
         for scan, angles in zip(scans, maxima, strict=True):
             units |= dict.fromkeys((scan.name, *scan.barrier_names(angles)), "eV")
@@ -192,7 +193,7 @@ class Torsions(Calculation):
             about |= dict(zip(scan.barrier_names(angles), words, strict=True))
             first = len(placed)
             placed += scan.structures
-            sources |= dict.fromkeys(scan.barrier_names(angles), range(first, len(placed)))
+            sources |= dict.fromkeys((scan.name, *scan.barrier_names(angles)), range(first, len(placed)))
         axis = {scan.name: CurveAxis(scan.angles, "torsion angle", "degrees") for scan in scans}
         return Plan(tuple(placed), evaluate, units, curves=axis, about=about, sources=sources)
 
