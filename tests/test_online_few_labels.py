@@ -1,4 +1,4 @@
-"""Few labels of an online model: its energies are calibrated on fits made anew without a part of them."""
+"""Few labels of an online model: its energies and forces are calibrated on fits made anew without a part of them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from gpmlp.fitting import calibrate
 from gpmlp.fitting.online import OnlineFit
 
 
-def test_few_labels_have_energies_calibrated_on_fits_made_anew():
-    """Each part of the labels is predicted by a fit begun with the others, at the hyperparameters of all; forces stay as they were."""
+def test_few_labels_are_calibrated_on_fits_made_anew():
+    """Each part of the labels is predicted by a fit begun with the others, at the hyperparameters of all; stresses stay as they were."""
     data = together(*(labelled(seed) for seed in range(12)))
     online = OnlineFit.begin(*data, recipe())
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0)).tolist()
@@ -32,15 +32,17 @@ def test_few_labels_have_energies_calibrated_on_fits_made_anew():
         found.append((here, labels, replace(wanted(here, kinds, calibrated=False), novelty=novelty)))
     parts = zip(*found, strict=True)
     left = calibrate.LeftOut(*(a.concatenate(b) for a, b in zip((Structures, Targets, Prediction), parts, strict=True)))
-    expected, learned = calibrate.left_out_calibration(left).kinds["energies"], online.calibration.kinds
-    assert learned["energies"].n == expected.n == 12
-    assert learned["energies"].scale == pytest.approx(expected.scale, rel=1e-5)
-    assert learned["energies"].multipliers["all"] == pytest.approx(expected.multipliers["all"], rel=1e-4)
-    many = replace(online, batches=online.batches)
+    expected, learned = calibrate.left_out_calibration(left).kinds, online.calibration.kinds
+    for kind in ("energies", "forces"):
+        assert learned[kind].n == expected[kind].n
+        assert learned[kind].scale == pytest.approx(expected[kind].scale, rel=1e-5)
+        assert learned[kind].multipliers["all"] == pytest.approx(expected[kind].multipliers["all"], rel=1e-4)
+    assert learned["energies"].n == 12
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate, "FEW_ANEW", 11)
-        before = many._calibrated().calibration.kinds
-    assert before["forces"] == learned["forces"] and before["energies"] != learned["energies"]
+        before = online._calibrated().calibration.kinds
+    assert before["stresses"] == learned["stresses"]
+    assert all(before[kind] != learned[kind] for kind in ("energies", "forces"))
 
 
 def test_a_fit_made_anew_to_all_labels_is_the_fit():

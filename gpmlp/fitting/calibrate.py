@@ -37,7 +37,8 @@ from gpmlp.uncertainty.variance_weights import fit_variance_weights
 
 FEWEST_PREQUENTIAL = 8  # latest structures, at least, whose predictions count,
 COMPONENTS = 1000  # and force components that they have together: older predictions are of models with less data
-FEW_ANEW = 30  # labels of an online model; up to so many, energies are calibrated by fits made anew without each of FOLDS parts of them
+FEW_ANEW = 30  # labels of an online model; up to so many, kinds ANEW are calibrated by fits made anew without each of FOLDS parts of them
+ANEW = ("energies", "forces")
 FEWEST_ONLINE = 10  # structures of an online model that are left out in turn; of fewer, prequential errors say more
 LEFT_OUT = "left out of the training set in turn, several of each config_type; learned from otherwise"
 HOW = "predicted before they were learned from, in the order in which they came (prequential)"

@@ -447,15 +447,15 @@ class OnlineFit:
         return new if wanted else new.recalibrated()
 
     def _learned_calibration(self, found: LeftOut) -> Calibration:
-        """From structures left out; of energies, where data are few, from fits made anew without a part of them (decision 013)."""
+        """From structures left out; of the kinds ANEW, where data are few, from fits made anew without a part of them (decision 013)."""
         learned, recipe = calibrate.left_out_calibration(found), self.recipe
         few = self.n_labels <= calibrate.FEW_ANEW and self.structures.n_atoms <= LEFT_OUT
         apart = recipe.long_range.charges != "off" or any(isinstance(i.shares, dict) for i in recipe.inducings)
         if not few or self.exact or apart:
             return learned
         anew = calibrate.predict_in_folds(self.structures, self.targets, self._anew)
-        energies = calibrate.left_out_calibration(anew).kinds["energies"] if anew else learned.kinds["energies"]
-        return replace(learned, kinds=learned.kinds | {"energies": energies})
+        found_anew = calibrate.left_out_calibration(anew).kinds if anew else {}
+        return replace(learned, kinds=learned.kinds | {k: v for k, v in found_anew.items() if k in calibrate.ANEW})
 
     def _anew(self, structures: Structures, targets: Targets) -> Potential:
         """The potential of other labels with these hyperparameters, inducing variables chosen anew; not calibrated."""
