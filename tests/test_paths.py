@@ -467,3 +467,15 @@ def test_page_says_where_a_top_is_no_saddle():
         said.startswith("2 structures, besides 4 of relaxations. Of their energies 1 lay within 2 σ")
         and "1.0 meV" in said
     )
+
+
+def test_a_label_is_known_where_lattice_vectors_move_it(found):
+    """The end of a hop over half of a cell lies on either side of the start, as rounding has it."""
+    image = found.path.images[0].copy()
+    image.positions[-1] += 2 * image.cell[0] - image.cell[1]
+    assert found.surface.label_of(image) is found.surface.label_of(found.path.images[0]) is not None
+    image.positions[-1, 2] += 1e-3
+    assert found.surface.label_of(image) is None
+    image.positions[-1, 2] -= 1e-3
+    image.pbc = False
+    assert found.surface.label_of(image) is None

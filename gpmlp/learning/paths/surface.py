@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.geometry import find_mic
 
 from gpmlp.core.calculators import merge_kwargs
 from gpmlp.core.errors import UserError, chemical_symbol
@@ -164,11 +165,12 @@ class Surface:
         return Prediction(*(x.detach().numpy() for x in (predicted.energies, sigmas, forces)))
 
     def label_of(self, atoms: Atoms) -> Atoms | None:
-        """The label of this very structure, if there is one."""
+        """The label of this very structure, or of one that lattice vectors move onto it, if there is one."""
         for label in reversed(self.labels):
             if len(label) == len(atoms) and (label.numbers == atoms.numbers).all() and (label.pbc == atoms.pbc).all():
-                moved, strained = label.positions - atoms.positions, label.cell.array - atoms.cell.array
-                if max(np.abs(moved).max(), np.abs(strained).max()) < SAME_PLACE:
+                if np.abs(label.cell.array - atoms.cell.array).max() > SAME_PLACE:
+                    continue
+                if find_mic(label.positions - atoms.positions, atoms.cell, atoms.pbc)[1].max() < SAME_PLACE:
                     return label
         return None
 
