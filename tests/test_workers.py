@@ -523,9 +523,13 @@ def test_an_interrupted_fit_leaves_no_workers(train_file, tmp_path):
     long = ["--set", "inducing.n=90", "--set", "descriptor.n_max=8"]  # to be there still when the signal comes
     command = [sys.executable, "-m", "gpmlp", "fit", str(train_file), *QUICK, *long, "--workers", "2", "-o", "m.gpmlp"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background may ignore it
+    try:
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     lines = []
     for line in process.stderr:  # the first stage is over, work is going on
         lines.append(line)
