@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -384,17 +385,22 @@ process.call(json.loads(sys.argv[1]))
 """
 
 
+def opened(path, pid) -> int:
+    """How often a process has a file open."""
+    return sum(os.path.realpath(link) == str(path) for link in Path(f"/proc/{pid}/fd").glob("*"))
+
+
 @pytest.fixture
 def orphan(tmp_path):
     """Makes a worker that computes label "a" in some way, the run of which was killed; kills what is left of it in the end."""
     found = []
 
-    def make(*behaviour):
+    def make(*behaviour, waits=False):
         wanted = make_job(recipe(tmp_path, *behaviour), "a", 1, copper(), tmp_path / "spool", tmp_path / "scratch", ())
         run = subprocess.Popen([sys.executable, "-c", KILLED, json.dumps(wanted)], stdout=subprocess.PIPE, text=True)
         with run:
             found.append(int(run.stdout.readline()))
-            until(lambda: calls(tmp_path))
+            until(lambda: opened(tmp_path / "spool" / "a.lock", found[-1]) if waits else calls(tmp_path))
             assert not results.LockHolder.from_text((tmp_path / "spool" / "a.lock").read_text()).orphaned
             run.kill()
         return found[-1]
@@ -452,3 +458,25 @@ def test_only_an_orphan_that_does_nothing_is_ended(tmp_path, orphan, monkeypatch
     wait(known)
     until(lambda: not alive(busy))
     assert "it was ended" in told[-1]
+
+
+def test_nothing_is_begun_for_a_run_that_has_ended(tmp_path, orphan):
+    """Its worker, which waited for another process to compute the same label, goes when that one is done."""
+    with results.label_lock(tmp_path / "spool", "a"):
+        pid = orphan("well", waits=True)
+    until(lambda: not alive(pid))
+    assert not calls(tmp_path)
+
+
+def test_a_label_that_was_forgotten_meanwhile_is_not_computed_again(tmp_path):
+    """By who waited for it: a later run has the answer."""
+    wanted = make_job(recipe(tmp_path), "a", 1, copper(), tmp_path / "spool", tmp_path / "scratch", ())
+    found = []
+    thread = threading.Thread(target=lambda: found.append(worker.make_attempt(wanted)))
+    with results.label_lock(tmp_path / "spool", "a"):
+        thread.start()
+        until(lambda: opened(tmp_path / "spool" / "a.lock", os.getpid()) == 2)
+        results.write_record(tmp_path / "spool", worker.attempt_record(wanted, results.LABEL))
+        results.remove_records(tmp_path / "spool", "a")
+    thread.join(20)
+    assert found[0]["kind"] == results.INTERRUPTED and not calls(tmp_path)

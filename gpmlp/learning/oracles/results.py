@@ -68,9 +68,14 @@ def read_attempts(folder: str | os.PathLike[str], key: str) -> list[dict[str, An
 
 
 def remove_records(folder: str | os.PathLike[str], key: str) -> None:
-    """Remove all files of a key."""
+    """Remove all files of a key; the lock first, by the absence of which those who wait for it know that nobody needs the key any more."""
+    _lock_path(folder, key).unlink(missing_ok=True)
     for file in Path(folder).glob(f"{key}.*"):
         file.unlink(missing_ok=True)
+
+
+def _lock_path(folder: str | os.PathLike[str], key: str) -> Path:
+    return Path(folder) / f"{key}.lock"
 
 
 def failure_reasons(records: list[dict[str, Any]]) -> str:
@@ -87,16 +92,27 @@ def failure_reasons(records: list[dict[str, Any]]) -> str:
 @contextmanager
 def label_lock(
     folder: str | os.PathLike[str], key: str, waiting: Callable[[str], None] = lambda text: None
-) -> Iterator[None]:
+) -> Iterator[Callable[[], bool]]:
     """Wait until nobody else computes this key: whoever does may have outlived the run that asked for it.
 
     The system lets go of the lock when the process that holds it ends, in whatever way.
 
     Args:
         waiting: called time and again with what the file of the lock says of its holder.
+
+    Yields:
+        Whether the key was forgotten while we waited: a later run has its answer.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(Path(folder) / f"{key}.lock", os.O_RDWR | os.O_CREAT)
+    path = _lock_path(folder, key)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+
+    def forgotten() -> bool:
+        try:
+            return not os.path.samestat(os.stat(path), os.fstat(descriptor))
+        except FileNotFoundError:
+            return True
+
     try:
         while True:
             try:
@@ -111,7 +127,7 @@ def label_lock(
                 break  # a file system without locks: asked twice at worst
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, LockHolder.this_process().to_text().encode(), 0)
-        yield
+        yield forgotten
     finally:
         os.close(descriptor)
 

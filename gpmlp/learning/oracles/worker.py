@@ -42,24 +42,28 @@ def grace_seconds(timeout: float) -> float:
     return min(max(1.0, 0.05 * timeout), 30.0)
 
 
-def make_attempt(job: Mapping[str, Any], say: Callable[[Mapping[str, Any]], None] | None = None) -> dict[str, Any]:
+def make_attempt(job: Mapping[str, Any], say: Callable[[Mapping[str, Any]], bool] | None = None) -> dict[str, Any]:
     """Make one attempt at a label, write its record, and return it.
 
     Nothing is computed if the record is there already, or appears while another process computes this key, which is waited for; of a
-    label that is there but was not checked as the job wants it, only the check is.
+    label that is there but was not checked as the job wants it, only the check is. Nor is anything begun for a run that has ended.
 
     Args:
         job: what `gpmlp.learning.oracles.oracle.make_job` makes.
-        say: takes {"waiting": why}, and {"computing": True} when the computation begins; given in a process that is ours alone.
+        say: takes {"waiting": why}, and {"computing": True} when the computation begins; returns whether anybody heard it; given in a
+            process that is ours alone.
     """
-    waiting = LockWaiter(job["key"], give_notice if say is None else lambda text: say({"waiting": text}))
+
+    def wait(text: str) -> None:
+        give_notice(text) if say is None else say({"waiting": text})
+
     try:
-        with results.label_lock(job["spool"], job["key"], waiting):
+        with results.label_lock(job["spool"], job["key"], LockWaiter(job["key"], wait)) as forgotten:
             record = results.read_record(job["spool"], job["key"], job["attempt"])
             if record is not None and not lacks_check(record, job["check"]):
                 return record
-            if say is not None:
-                say({"computing": True})
+            if forgotten() or (say is not None and not say({"computing": True})):
+                return attempt_record(job, results.INTERRUPTED, "the run that asked for it has ended")
             record = _attempt(job, record, ours=say is not None)
             if record["kind"] in (results.LABEL, results.FAILED):
                 results.write_record(job["spool"], record)
@@ -232,10 +236,13 @@ def main() -> None:
     for descriptor in (0, 1):  # mpirun would read our jobs, and compiled code print among our answers
         os.dup2(nothing, descriptor)
 
-    def say(message: Mapping[str, Any]) -> None:
-        with suppress(BrokenPipeError):  # the run that asked is gone; the record is on disk
+    def say(message: Mapping[str, Any]) -> bool:
+        try:
             answers.write(json.dumps(message) + "\n")
             answers.flush()
+        except BrokenPipeError:  # the run that asked is gone; what is computed is on disk
+            return False
+        return True
 
     for line in jobs:
         job = json.loads(line)
