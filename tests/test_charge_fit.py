@@ -19,7 +19,7 @@ from gpmlp.core.neighbors import assemble_prediction, find_neighbors
 from gpmlp.core.quantities import Targets
 from gpmlp.core.structures import Structures
 from gpmlp.engines.ase import GPCalculator
-from gpmlp.fitting import charge_fit, prepare
+from gpmlp.fitting import charge_data, charge_fit, prepare
 from gpmlp.io import archive
 from gpmlp.io.export import export_model
 from gpmlp.potential.evaluation import evaluate
@@ -105,6 +105,7 @@ def test_ions_beyond_the_cutoff_are_found_where_a_short_range_model_is_blind(fit
         report.charges is not None
         and report.charges["kept"]
         and report.charges["gain_nats_per_label"] > charge_fit.WORTH
+        and report.charges["left_out_errors_ratio"] < 0.5
     )
     found = potential(far)
     assert torch.allclose(
@@ -128,6 +129,36 @@ def test_a_start_a_tenth_of_a_charge_away_ends_at_the_same_charges(fitted, monke
     assert len(begun) == 1 and report.charges["form"] == first.charges["form"]
     assert report.negative_log_evidence == pytest.approx(first.negative_log_evidence, abs=10)
     assert torch.allclose(potential(far).energies, before(far).energies, rtol=0, atol=1e-3)
+
+
+def test_errors_left_out_are_those_of_fits_to_the_other_folds():
+    """Against least squares of the rows that are left, and of the prior."""
+    generator = torch.Generator().manual_seed(0)
+    rows = {
+        k: torch.randn(n, 9, generator=generator, dtype=torch.float64) for k, n in (("energies", 12), ("forces", 30))
+    }
+    folds = {k: torch.arange(len(r)) % 3 for k, r in rows.items()}
+    noise, scale = {"energies": 0.1, "forces": 2.0}, torch.linspace(0.1, 3, 8, dtype=torch.float64)
+    found, expected = charge_fit._left_out_squares(rows, folds, noise, scale), dict.fromkeys(rows, 0.0)
+    prior = torch.cat([torch.diag(1 / scale), torch.zeros(8, 1, dtype=torch.float64)], dim=1)
+    for fold in range(3):
+        kept = torch.cat([*(r[folds[k] != fold] / noise[k] for k, r in rows.items()), prior])
+        weights = torch.linalg.lstsq(kept[:, :-1], kept[:, -1:]).solution[:, 0]
+        for kind, r in rows.items():
+            left = r[folds[kind] == fold]
+            expected[kind] += float((left[:, -1] - left[:, :-1] @ weights).square().sum()) / len(r)
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_chunks_of_charge_data_hold_each_structure_once():
+    structures, targets = ions(7, 0, 6.0)
+    found = charge_data._chunks(structures, targets)
+    assert [fold for fold, _, _ in found] == list(range(charge_data.FOLDS)) and sum(len(p) for _, p, _ in found) == 7
+    for _, part, labels in found:
+        same = [
+            i for i in range(7) for p in part.positions.split(4) if torch.equal(structures.select([i]).positions, p)
+        ]
+        assert torch.equal(labels.energies, targets.energies[same])
 
 
 def test_charges_of_crystals_are_learned_from_energies_forces_and_stresses():
@@ -307,12 +338,12 @@ def test_functionals_left_to_the_data_make_room_for_charges(tmp_path, capsys):
 def test_charges_know_a_species_of_one_structure_that_was_not_drawn(monkeypatch, tmp_path):
     """Of many labels some are drawn: whichever structure holds the only potassium, the model has charges of it and can be read again."""
     structures, targets = ions(12, 0, 6.0)
-    monkeypatch.setattr(charge_fit, "ROWS", 3 * 13)
+    monkeypatch.setattr(charge_data, "ROWS", 3 * 13)
     drawn = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     for i in drawn.tolist():
         species = structures.species.clone()
         species[4 * i] = 19
-        some = charge_fit._some_structures(replace(structures, species=species), targets, 0)
+        some = charge_data._some_structures(replace(structures, species=species), targets, 0)
         assert some[0].distinct_species == (11, 17, 19)
         assert torch.equal(some[1].energies, targets.energies[sorted({i, *drawn[:3].tolist()})])
     potential, _ = gpmlp.fit(replace(structures, species=species), targets, _recipe(charges="polarisable", kappa=1.0))

@@ -26,7 +26,7 @@ from toy_network import SHA256
 import gpmlp
 from gpmlp.core.environments import SinglePrecisionDescriptor
 from gpmlp.engines.ase import GPCalculator
-from gpmlp.fitting.charge_fit import make_basis
+from gpmlp.fitting.charge_data import make_basis
 from gpmlp.io.ase_atoms import structures_from_ase, to_ase
 from gpmlp.native import library
 from gpmlp.potential.baselines import NetworkEnergies

@@ -11,8 +11,7 @@ the leading ones of the short-range model and the composition, whose energies of
 
 from __future__ import annotations
 
-import copy
-import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,43 +21,33 @@ from torch import Tensor
 
 from gpmlp.core import errors, parallel
 from gpmlp.core.coulomb import IONISATION
-from gpmlp.core.environments import StructureEnvironments
 from gpmlp.core.quantities import KINDS, Targets
-from gpmlp.core.structures import CHUNK_ATOMS, Structures, chunk_structures
+from gpmlp.core.structures import Structures
 from gpmlp.fitting import regression
+from gpmlp.fitting.charge_data import LABEL_NOISE, ChargeData, learned_charge_labels
 from gpmlp.fitting.regression import InducingModel
-from gpmlp.fitting.sparse_points import select_rows
 from gpmlp.fitting.workers import Report, silent
-from gpmlp.gp import evidence, hyperparameters, inducing, likelihood
-from gpmlp.gp.covariances import CovarianceRows
+from gpmlp.gp import evidence, hyperparameters
 from gpmlp.gp.evidence import SufficientStatistics
-from gpmlp.gp.likelihood import Hyperparameters, Observations, StdPrior
+from gpmlp.gp.likelihood import Hyperparameters, StdPrior
 from gpmlp.potential.charges import (
     LOCAL,
-    ChargeBasis,
     ChargeForm,
     ChargeModel,
-    ElectrostaticColumns,
-    EqualStructures,
-    stack_rows,
 )
 from gpmlp.recipe import Recipe
 
-SHORT_COLUMNS = 600  # of the short-range model beside which charges are fitted,
-SEARCH_COLUMNS = 300  # while their form is searched for
-CENTRES = 60  # of q⁰, of each species
-ROWS = 12_000  # labels, about, from which charges are fitted: of structures at random where there are more
-SPREAD_BYTES = 512 << 20  # of the derivatives of their functions in memory
+SEARCH_COLUMNS = 300  # of the short-range model, while the form of charges is searched for
 FORMS = (ChargeForm(LOCAL), ChargeForm(10.0), ChargeForm(3.0), ChargeForm(1.0))  # each from where the one before ended
 COMPOSITION = 5.0  # eV, of the energy of an atom that charges may shift
-LABEL_NOISE = {"charges": StdPrior(2e-2, 1e-4, 1.0), "dipoles": StdPrior(5e-2, 1e-4, 5.0)}  # e; e A
 ITERATIONS, EVIDENCE_AT, EVALUATIONS = 30, (0, 3, 7), 12
 DAMPING, TRIES = 1e-3, 12
 ROUGH, FINE = (
     1e-3,
     2e-5,
 )  # nats per label, by which φ has to fall for a search to go on: where forms are compared, of the best one
-WORTH = 0.1  # nats per label, by which the evidence has to rise for charges that nobody asked for
+WORTH = 0.1  # nats per label, by which the evidence has to rise for charges that nobody asked for; and errors left out have to fall
+TINY = 1e-24  # of mean squares
 LARGE_SHARE = 0.1  # of the structures that have atoms beyond the cutoff, for charges to be tried
 LOOKED_AT = 200  # structures, at random, that this is judged by
 NO_REASON = (
@@ -72,6 +61,7 @@ class FittedCharges:
 
     Attributes:
         scale: (columns,) prior standard deviations of its parameters, by the evidence.
+        left_out: errors of structures left out, in units of those without charges; None where only labels of charges are learned.
         negative_log_evidence: of the columns of this fit; alone: the same without charges; labels: how many.
         tried: the former by form, as text, of the fewer columns of the search. learned: `long_range.labels`, what these labels are.
     """
@@ -81,6 +71,7 @@ class FittedCharges:
     negative_log_evidence: float
     alone: float
     labels: int
+    left_out: float | None
     tried: dict[str, float]
     learned: str = "ignore"
 
@@ -89,20 +80,29 @@ class FittedCharges:
         """Rise of the evidence by charges, nats per label."""
         return (self.alone - self.negative_log_evidence) / self.labels
 
+    @property
+    def worth_it(self) -> bool:
+        """Whether they are kept where nobody asked for them."""
+        return self.gain > WORTH and (self.left_out is None or self.left_out < 1)
+
     def report(self, kept: bool) -> dict[str, Any]:
         """Numbers for the FitReport, and a sentence."""
         among = {"ignore": "", "use": ", charges and dipoles among them", "only": " of charges and dipoles"}[
             self.learned
         ]
+        found = f"the evidence rises by {self.gain:.2g} nats per label{among}"
+        if self.left_out is not None:
+            found += f", and errors of structures left out are {self.left_out:.2g} times those without charges"
         verdict = (
-            f"charges are {self.model.form}: the evidence rises by {self.gain:.2g} nats per label{among}"
+            f"charges are {self.model.form}: {found}"
             if kept
-            else f"charges were tried and left out: the evidence rises by {self.gain:.2g} nats per label{among}, less than {WORTH}"
+            else f"charges were tried and left out: {found} (wanted: more than {WORTH}, and less than 1)"
         )
         return {
             "kept": kept,
             "form": str(self.model.form),
             "gain_nats_per_label": self.gain,
+            "left_out_errors_ratio": self.left_out,
             "labels": self.labels,
             "negative_log_evidence": self.tried,
             "negative_log_evidence_without": self.alone,
@@ -137,19 +137,6 @@ def why_impossible(structures: Structures, models: Sequence[InducingModel]) -> s
     return f"there is no hardness of {errors.chemical_symbol(unknown[0])}" if unknown else None
 
 
-def learned_charge_labels(recipe: Recipe, structures: Structures, targets: Targets) -> Targets:
-    """The targets with those labels of charges and dipoles alone that are learned from. Dipoles are those of neutral isolated
-    structures: others have none but that of an origin and a cell."""
-    used = recipe.long_range.labels != "ignore"
-    neutral = (structures.charges == 0) & ~structures.periodic.any(1)
-    charges, dipoles = targets.charges.double(), targets.dipoles.double()
-    return replace(
-        targets,
-        charges=charges if used else torch.full_like(charges, torch.nan),
-        dipoles=dipoles.masked_fill(~(used & neutral).to(dipoles.device)[:, None], torch.nan),
-    )
-
-
 def check_labels(recipe: Recipe, structures: Structures, targets: Targets) -> None:
     """UserError if labels of charges are to be learned from and there are none."""
     labels = recipe.long_range.labels
@@ -179,173 +166,6 @@ def forms_of(recipe: Recipe) -> tuple[ChargeForm, ...]:
     return FORMS if wanted.charges == "auto" else FORMS[1:]
 
 
-@dataclass(frozen=True, eq=False)
-class _Chunk:
-    """Some structures with their labels and short-range rows.
-
-    Attributes:
-        rows: by kind, [A | composition | y], whitened.
-        labels: observations that rows are of; internal: as in rows_of_labels.
-        charges: (atoms,) labels, e; dipoles: (structures, 3), e A; NaN where there are none, or they are not to be learned from.
-    """
-
-    structures: list[EqualStructures]
-    rows: dict[str, Tensor]
-    labels: dict[str, Observations]
-    internal: Structures | None
-    charges: Tensor
-    dipoles: Tensor
-
-    def electrostatic(self, form: ChargeForm, a: Tensor, columns: bool) -> dict[str, Tensor]:
-        """By kind, rows [C | e] of E_ES at a, or e alone; of charges and dipoles too."""
-        found = [one.evaluate(form, a, columns) for one in self.structures]
-        parts = [stack_rows([f.columns for f in found if f.columns is not None])] if columns else []
-        return self.as_rows([*parts, stack_rows([f.values for f in found])]) | self._of_charges(found)
-
-    def _of_charges(self, found: Sequence[ElectrostaticColumns]) -> dict[str, Tensor]:
-        """Rows of the labels of charges and dipoles, Σ q r, which are linear in charges."""
-        charges = [
-            f.charges[:, None] if f.of_charges is None else torch.cat([f.of_charges, f.charges[:, None]], dim=1)
-            for f in found
-        ]
-        dipoles = [
-            (one.coulomb.positions.mT @ rows.view(*one.coulomb.self_terms.shape, -1)).flatten(0, 1)
-            for one, rows in zip(self.structures, charges, strict=True)
-        ]
-        known = ~self.charges.isnan(), ~self.dipoles.flatten().isnan()
-        return {"charges": torch.cat(charges)[known[0]], "dipoles": torch.cat(dipoles)[known[1]]}
-
-    def as_rows(self, parts: Sequence[CovarianceRows]) -> dict[str, Tensor]:
-        """Of the labels by kind, without these."""
-        return {
-            kind: rows[:, :-1] for kind, rows in regression.rows_of_labels(parts, self.labels, self.internal).items()
-        }
-
-
-class ChargeData:
-    """Data of a fit of charges: short-range rows once, and what E_ES of each structure is made of."""
-
-    def __init__(
-        self, recipe: Recipe, models: Sequence[InducingModel], structures: Structures, targets: Targets
-    ) -> None:
-        """Args: targets: less the baselines."""
-        self.recipe, self.models = recipe, _leading_models(models)
-        targets = learned_charge_labels(recipe, structures, targets)
-        if recipe.long_range.labels == "only":
-            charged = torch.zeros(len(structures), dtype=torch.bool)
-            charged[structures.structure_of_atom.cpu()[~targets.charges.cpu().isnan()]] = True
-            labelled = (charged | ~targets.dipoles.cpu().isnan().all(1)).nonzero()[:, 0]
-            held = structures.composition(structures.distinct_species).cpu() > 0
-            chosen = torch.cat([labelled, held.long().argmax(0)]).unique()  # charges are of every species
-            structures, targets = structures.select(chosen), targets.select(structures, chosen)
-        self.structures, self.targets = _some_structures(structures, targets, recipe.seed)
-        self.basis = make_basis(self.models[0], self.structures)
-        self.chunks = [self._chunk(part, labels) for part, labels in _chunks(self.structures, self.targets)]
-        kinds = [
-            k for k in (*KINDS, regression.FIXED, *LABEL_NOISE) if any(len(c.rows.get(k, ())) for c in self.chunks)
-        ]
-        if recipe.long_range.labels == "only":
-            kinds = [k for k in kinds if k in LABEL_NOISE]
-        self.short = {k: torch.cat([c.rows[k] for c in self.chunks if k in c.rows]) for k in kinds}
-        self.counts = {kind: len(rows) for kind, rows in self.short.items()}
-        self.grams = {kind: SufficientStatistics.from_factor(rows, len(rows)) for kind, rows in self.short.items()}
-        # of the columns of `short`
-        self.widths = [*regression.block_widths(self.models), len(self.structures.distinct_species)]
-
-    def leading(self, columns: int) -> ChargeData:
-        """The same with about so many of the short-range columns, the most important ones."""
-        if columns >= sum(self.widths[:-1]):
-            return self
-        out, starts = copy.copy(self), [0, *itertools.accumulate(self.widths)]
-        share = columns / starts[-2]
-        out.widths = [*(max(1, int(share * w)) for w in self.widths[:-1]), self.widths[-1]]
-        kept = [torch.arange(s, s + w) for s, w in zip(starts, [*out.widths, 1], strict=True)]  # and the labels
-        out.short = {kind: rows[:, torch.cat(kept)] for kind, rows in self.short.items()}
-        out.grams = {kind: SufficientStatistics.from_factor(rows, len(rows)) for kind, rows in out.short.items()}
-        return out
-
-    @property
-    def n_labels(self) -> int:
-        return sum(self.counts.values())
-
-    def _chunk(self, part: Structures, targets: Targets) -> _Chunk:
-        rows = regression.labelled_rows(self.models, part, targets)
-        rows = {kind: inducing.whiten_rows(r.double(), regression.lowers_of(self.models)) for kind, r in rows.items()}
-        labels = likelihood.observed_labels(targets, part.counts)
-        functional = any(not m.local_blocks for m in self.models)
-        about = targets.charges, targets.dipoles
-        chunk = _Chunk(
-            EqualStructures.of_structures(self.basis, part), {}, labels, part if functional else None, *about
-        )
-        counts = part.composition(self.structures.distinct_species).double()
-        nothing = [
-            counts.new_zeros(len(value), counts.shape[1])
-            for value in (targets.forces.flatten(), part.volumes.repeat(6))
-        ]
-        composition = chunk.as_rows([CovarianceRows(counts, *nothing)])
-        made = {k: torch.cat([r[:, :-1], composition[k], r[:, -1:]], dim=1) for k, r in rows.items()}
-        columns = sum(regression.block_widths(self.models)) + counts.shape[1]
-        for kind, values in zip(LABEL_NOISE, about, strict=True):  # of which no short-range column knows
-            known = values.flatten()[~values.flatten().isnan()]
-            made[kind] = torch.cat([known.new_zeros(len(known), columns), known[:, None]], dim=1)
-        return replace(chunk, rows=made)
-
-    def electrostatic(self, form: ChargeForm, a: Tensor, columns: bool) -> dict[str, Tensor]:
-        """By kind, rows [C | e] of all labels."""
-        parts = [chunk.electrostatic(form, a, columns) for chunk in self.chunks]
-        return {kind: torch.cat([p[kind] for p in parts if kind in p]) for kind in self.short}
-
-
-def make_basis(model: InducingModel, structures: Structures) -> ChargeBasis:
-    """Centres of q⁰ among the environments of structures, by the descriptor and kernel of a short-range model."""
-    features: dict[int, list[Tensor]] = {z: [] for z in structures.distinct_species}
-    for part in chunk_structures(structures, CHUNK_ATOMS):
-        here = StructureEnvironments.from_structures(model.descriptor, part).environments
-        for z in part.distinct_species:
-            features[z].append(here.features[here.species == z].double())
-    centres, lowers = {}, {}
-    for z, parts in features.items():
-        x = torch.cat(parts)
-        chosen = x[select_rows("greedy", x, CENTRES, model.kernel.value, 0)[0]]
-        covariance = model.kernel.value(chosen @ chosen.T)
-        columns, lowers[z], _ = inducing.independent_factor(covariance, inducing.rank_tolerance(x))
-        centres[z] = chosen[columns]
-    return ChargeBasis(model.descriptor, model.kernel, centres, lowers)
-
-
-def _leading_models(models: Sequence[InducingModel]) -> list[InducingModel]:
-    """With about SHORT_COLUMNS of the columns, those of the most important centres."""
-    share = min(1.0, SHORT_COLUMNS / sum(regression.block_widths(models)))
-    out = []
-    for model in models:
-        columns = [block.leading_columns(share) for block in model.blocks]
-        blocks = tuple(block.select(c) for block, c in zip(model.blocks, columns, strict=True))
-        lowers = tuple(torch.linalg.cholesky(low[c] @ low[c].T) for low, c in zip(model.lowers, columns, strict=True))
-        out.append(replace(model, blocks=blocks, lowers=lowers, exact=None, own=None))
-    return out
-
-
-def _some_structures(structures: Structures, targets: Targets, seed: int) -> tuple[Structures, Targets]:
-    """At random, of about ROWS labels together, and few enough to be in memory; besides, the first of each species. Those of as many atoms
-    follow each other."""
-    order = torch.randperm(len(structures), generator=torch.Generator().manual_seed(seed))
-    counts = structures.counts.cpu()[order]
-    labels, spread = (3 * counts + 1).cumsum(0), (counts * 60 * 3 * CENTRES * 8).cumsum(0)
-    few = int(((labels <= ROWS) & (spread <= SPREAD_BYTES)).sum())
-    held = structures.composition(structures.distinct_species).cpu()[order] > 0
-    chosen = torch.cat([order[:few], order[held.long().argmax(0)]]).unique()
-    chosen = chosen[structures.counts.cpu()[chosen].argsort(stable=True)]
-    return structures.select(chosen), targets.select(structures, chosen)
-
-
-def _chunks(structures: Structures, targets: Targets) -> list[tuple[Structures, Targets]]:
-    out, first = [], 0
-    for part in chunk_structures(structures, CHUNK_ATOMS):
-        out.append((part, targets.select(structures, range(first, first + len(part)))))
-        first += len(part)
-    return out
-
-
 class _Search:
     """One search by Levenberg's and Marquardt's method, of one form."""
 
@@ -363,17 +183,29 @@ class _Search:
         out[self.data.basis.n_weights :] = of_constants
         return out
 
+    def rows(self) -> dict[str, Tensor]:
+        """By kind, [A | composition | C | y] of the model that is linear around a."""
+        out, around = {}, self.a - self.start
+        for kind, rows in self.data.electrostatic(self.form, self.a, True).items():
+            short, c, e = self.data.short[kind], rows[:, :-1], rows[:, -1:]
+            out[kind] = torch.cat([short[:, :-1], c, short[:, -1:] - e + c @ around[:, None]], dim=1)
+        return out
+
     def statistics(self) -> tuple[dict[str, SufficientStatistics], Tensor]:
         """Of the model that is linear around a, columns [A | composition | C], and the block of each column."""
-        out, around = {}, self.a - self.start
-        rows = self.data.electrostatic(self.form, self.a, True)
-        for kind, short in self.data.short.items():
-            c, a = rows[kind][:, :-1], short[:, :-1]
-            y = short[:, -1] - rows[kind][:, -1] + c @ around
+        out = {}
+        for kind, rows in self.rows().items():
+            n, y = sum(self.data.widths), rows[:, -1]
+            a, c = rows[:, :n], rows[:, n:-1]
             cross = a.T @ c
             gram = torch.cat([torch.cat([self.data.grams[kind].gram, cross], 1), torch.cat([cross.T, c.T @ c], 1)])
             out[kind] = SufficientStatistics(gram, torch.cat([a.T @ y, c.T @ y]), float(y @ y), len(y))
         return out, _block_of_column(self.data, charges=True)
+
+    def left_out(self) -> dict[str, float]:
+        """As `_left_out_squares`."""
+        scale = torch.cat([self.parameters.signal()[_block_of_column(self.data, charges=False)], self.scale])
+        return _left_out_squares(self.rows(), self.data.folds, self.parameters.noise(), scale)
 
     def learn(self, statistics: dict[str, SufficientStatistics], blocks: Tensor) -> None:
         """Noises and signals by the evidence of the linear model."""
@@ -481,6 +313,36 @@ def _without(data: ChargeData) -> tuple[Hyperparameters, float]:
     return parameters, found.negative_log_evidence
 
 
+def _left_out_squares(
+    rows: dict[str, Tensor], folds: dict[str, Tensor], noise: dict[str, float], scale: Tensor
+) -> dict[str, float]:
+    """By kind, the mean square of errors of a linear model [A | y], prior deviations `scale`, fitted to the other folds."""
+    noise, n = noise | {regression.FIXED: 1.0}, len(scale)
+    present = sorted({int(f) for of_kind in folds.values() for f in of_kind.unique()})
+    parts = []
+    for fold in present:
+        inside = [rows[kind][folds[kind] == fold] / noise[kind] for kind in rows]
+        parts.append(torch.stack([part.T @ part for part in inside]).sum(0))
+    squares = {kind: 0.0 for kind in KINDS if kind in rows}
+    for i, fold in enumerate(present):
+        others = sum((part for part in parts[:i] + parts[i + 1 :]), start=torch.zeros_like(parts[0]))
+        system = others[:n, :n] * scale * scale[:, None] + torch.eye(n, dtype=torch.float64)
+        right = (others[:n, -1] * scale)[:, None]
+        weights = scale * torch.cholesky_solve(right, torch.linalg.cholesky(system))[:, 0]
+        for kind in squares:
+            left = rows[kind][folds[kind] == fold]
+            squares[kind] += float((left[:, -1] - left[:, :-1] @ weights).square().sum()) / len(rows[kind])
+    return squares
+
+
+def _ratio(found: dict[str, float], alone: dict[str, float], counts: dict[str, int]) -> float | None:
+    """Geometric mean over labels of the ratio of errors."""
+    if not alone:
+        return None
+    logs = [counts[k] * math.log(max(found[k], TINY) / max(alone[k], TINY)) / 2 for k in alone]
+    return math.exp(sum(logs) / sum(counts[k] for k in alone))
+
+
 def tried_charges(
     recipe: Recipe,
     structures: Structures,
@@ -508,7 +370,7 @@ def tried_charges(
     report(0, ITERATIONS, "charges")
     with parallel.one_core():
         found = fit_charges(ChargeData(recipe, models, structures, remaining), forms_of(recipe), report)
-    if wanted == "auto" and found.gain <= WORTH:
+    if wanted == "auto" and not found.worth_it:
         return None, found.report(kept=False)
     totals = structures.charges
     return found, found.report(kept=True) | {"total_charges_e": [float(totals.min()), float(totals.max())]}
@@ -531,6 +393,7 @@ def fit_charges(
     """
     start = physical_start(data)
     parameters, alone = _without(data)
+    noise, scale = parameters.noise(), parameters.signal()[_block_of_column(data, charges=False)]
     few = data.leading(SEARCH_COLUMNS)
     found: dict[ChargeForm, _Search] = {}
 
@@ -555,6 +418,7 @@ def fit_charges(
         other = search(replace(best.form, without_self=True), best.a, best.parameters)
         best = min(best, other, key=lambda one: one.value)
     best = _Search(data, best.form, best.a, best.parameters, start).run(report, FINE)
+    left_out = _ratio(best.left_out(), _left_out_squares(data.short, data.folds, noise, scale), data.counts)
     tried = {str(form): search.value for form, search in found.items()}
-    model = ChargeModel(best.form, data.basis, best.a, start)
-    return FittedCharges(model, best.scale, best.value, alone, data.n_labels, tried, data.recipe.long_range.labels)
+    model, learned = ChargeModel(best.form, data.basis, best.a, start), data.recipe.long_range.labels
+    return FittedCharges(model, best.scale, best.value, alone, data.n_labels, left_out, tried, learned)
