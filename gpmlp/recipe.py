@@ -513,19 +513,20 @@ class NoveltyRecipe(RecipeSection):
 
 class LongRangeRecipe(RecipeSection):
     """Interactions beyond the cutoff. charges: 'off'; 'local' or 'polarisable' ones (kappa: how stiff, by evidence where None); 'auto':
-    tried where the data ask for them, kept where the evidence rises. labels: of charges and dipoles in the data: left aside, learned
-    from beside energies and forces, or alone. dispersion: subtracted from the labels, and added again."""
+    tried where the data ask for them, kept where the evidence rises; None: 'auto' of molecules that need them, else 'off'. labels: of
+    charges and dipoles: left aside, learned from beside energies and forces, or alone. dispersion: subtracted, and added again."""
 
-    charges: Annotated[Literal["auto", "off", "local", "polarisable", False], AfterValidator(lambda v: v or "off")] = (
-        "off"
-    )
+    charges: Annotated[
+        Literal["auto", "off", "local", "polarisable", False] | None,
+        AfterValidator(lambda v: "off" if v is False else v),
+    ] = None
     kappa: Annotated[Positive, _within(0.01, 1e4)] | None = None
     labels: Literal["ignore", "use", "only"] = "ignore"
     dispersion: DispersionRecipe | Literal[False] = False
 
     @model_validator(mode="after")
     def _consistent(self) -> LongRangeRecipe:
-        if self.labels != "ignore" and self.charges == "off":
+        if self.labels != "ignore" and self.charges in (None, "off"):
             raise ValueError(f"labels: {self.labels} has no meaning where charges are off")
         if self.kappa is not None and self.charges != "polarisable":
             raise ValueError("kappa is the stiffness of polarisable charges: set charges: polarisable, or leave it out")

@@ -61,7 +61,9 @@ def test_a_fit_without_charges_says_what_it_cannot_tell_apart():
         atoms.calc = SinglePointCalculator(atoms, energy=-5.0 + charge, forces=np.zeros((2, 3)) + 0.1)
         frames.append(atoms)
     structures, targets = from_ase(frames)
-    recipe = Recipe.model_validate({"inducing": {"n": 3}, "descriptor": {"n_max": 2, "l_max": 1}})
+    recipe = Recipe.model_validate(
+        {"inducing": {"n": 3}, "descriptor": {"n_max": 2, "l_max": 1}, "long_range": {"charges": "off"}}
+    )
     said = " ".join(gpmlp.fit(structures, targets, recipe)[1].warnings)
     assert re.search(r"ClNa has several total charges \(0, 1 e; 4 frames.*Fit with long_range.charges", said)
     same = replace(structures, charges=torch.ones(4))

@@ -24,7 +24,7 @@ from gpmlp.io import archive
 from gpmlp.io.export import export_model
 from gpmlp.potential.evaluation import evaluate
 from gpmlp.potential.potential import Potential
-from gpmlp.recipe import Recipe
+from gpmlp.recipe import InducingRecipe, Recipe
 from gpmlp.report.model.data import collect_data
 from gpmlp.report.model.page import write_model_page
 
@@ -303,10 +303,54 @@ def test_when_charges_are_tried():
     assert charge_fit.reason_to_try(charged, _recipe(charges="off")) is None
 
 
+def test_a_recipe_that_says_nothing_tries_charges_of_molecules_and_clusters_that_a_short_range_model_cannot_know():
+    """Several total charges, or atoms beyond the cutoff, isolated or in a box; not a crystal, or what no charges fit."""
+    (near, labels), (apart, far), (solid, of_solid) = ions(6, 0, 2.2, 1.5), ions(6, 0, 9.0), crystals(4, 0)
+    charged = replace(near, charges=torch.tensor([0.0, 1.0, 0.0, 0.0, -1.0, 0.0], dtype=torch.float64))
+    metal = replace(apart, species=torch.full_like(apart.species, 11))
+    plain = Recipe.model_validate(SMALL)
+    given = plain.model_copy(update={"inducing": InducingRecipe(functionals="all")})
+
+    def boxed(one: Structures, length: float) -> Structures:
+        cells = (length * torch.eye(3, dtype=torch.float64)).expand(len(one), 3, 3)
+        return replace(one, cells=cells, periodic=torch.ones_like(one.periodic))
+
+    cases = [
+        (near, labels, plain, "off"),
+        (charged, labels, plain, "auto"),
+        (apart, far, plain, "auto"),
+        (boxed(apart, 30.0), far, plain, "auto"),
+        (boxed(apart, 10.0), far, plain, "off"),
+        (boxed(near, 30.0), labels, plain, "off"),
+        (solid, of_solid, plain, "off"),
+        (metal, far, plain, "off"),
+        (apart, far, given, "off"),
+        (apart, far, _recipe(charges="off"), "off"),
+        (near, labels, _recipe(charges="auto"), "auto"),
+    ]
+    for structures, targets, recipe, wanted in cases:
+        assert prepare.set_up(structures, targets, recipe)[0].long_range.charges == wanted
+    assert prepare.set_up(apart, far, plain, growing=True)[0].long_range.charges == "off"
+    assert Recipe.model_validate({"long_range": {"charges": False}}).long_range.charges == "off"
+
+
 def test_error_bars_of_fewer_columns_beside_charges_are_compared_with_those_of_all():
     recipe = Recipe.model_validate(SMALL | {"variance": {"columns": 60}, "long_range": {"charges": "local"}})
     told = gpmlp.fit(*ions(20, 0, 6.0), recipe)[1].variance_subset
     assert told["columns"] <= 60 < told["columns_of_fit"] and 0.8 < told["std_ratio_median"] < 1.5
+
+
+def test_where_charges_tried_unasked_bring_nothing_the_fit_is_the_one_without():
+    """With all functionals, which had stood back for them; and a line that says that they were tried."""
+    apart = ions(12, 0, 14.0)[0]
+    data = labelled([apart.select([i]) for i in range(12)], [0.0] * 4)
+    recipe = {"descriptor": SMALL["descriptor"], "variance": False}
+    (open_, told), (off, _) = (
+        gpmlp.fit(*data, Recipe.model_validate(recipe | more)) for more in ({}, {"long_range": {"charges": "off"}})
+    )
+    assert told.charges["kept"] is False and "tried and left out" in told.charges["sentence"] and open_.charges is None
+    assert any("the exact process" in choice for choice in told.choices)
+    assert torch.equal(open_(apart).forces, off(apart).forces)
 
 
 def test_functionals_left_to_the_data_make_room_for_charges(tmp_path, capsys):
@@ -379,7 +423,7 @@ def test_charges_follow_labels_of_charges_and_dipoles_alone_where_that_is_asked_
     structures.species[-4] = 19  # of which no label says anything
     potential, report = gpmlp.fit(structures, some, _recipe(charges="local", labels="only"))
     assert report.charges is not None and report.charges["labels"] == 4 + 8 * 3
-    assert report.charges["sentence"].endswith("nats per label of charges and dipoles")
+    assert "nats per label of charges and dipoles" in report.charges["sentence"]
     assert torch.allclose(potential(structures).charges[:-4], told[:-4], rtol=0, atol=1e-3)
     assert set(potential.charges.basis.species) == {11, 17, 19}
 

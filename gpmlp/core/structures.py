@@ -316,6 +316,13 @@ def chunk_structures(structures: Structures, atoms: int) -> Iterator[Structures]
         yield structures.select(range(first, last))
 
 
+def empty_layers(cell: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """(3,) the widest layer without atoms between the planes of each pair of cell vectors, in units of the cell (3, 3)."""
+    places = np.sort(np.linalg.solve(cell.T, positions.T).T % 1.0, axis=0)
+    shares = np.diff(np.concatenate([places, places[:1] + 1]), axis=0).max(0)
+    return np.asarray(shares / np.linalg.norm(np.linalg.inv(cell), axis=0))
+
+
 def repeat_with_rank(counts: Tensor) -> tuple[Tensor, Tensor]:
     """Index k repeated counts[k] times, and how many of the same came before each."""
     index = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -17,18 +16,14 @@ from gpmlp.core.errors import chemical_symbol
 from gpmlp.core.findings import Finding
 from gpmlp.core.quantities import Prediction, Targets
 from gpmlp.core.structures import Structures
-from gpmlp.descriptors import learn_descriptor
 from gpmlp.fitting import (
     calibrate,
     charge_fit,
-    defaults,
     energy_zeros,
-    four_body_choice,
     inducing_sets,
     label_outliers,
     left_out,
     low_rank,
-    near_duplicates,
     passes,
     prepare,
     reduced_variance,
@@ -36,16 +31,15 @@ from gpmlp.fitting import (
     tail_strength,
     variance_checks,
 )
-from gpmlp.fitting.cost import expected_cost, most_columns
+from gpmlp.fitting.cost import expected_cost
 from gpmlp.fitting.kept_rows import KeptRows, affordable
 from gpmlp.fitting.label_outliers import LabelOutliers
 from gpmlp.fitting.left_out import Turns
-from gpmlp.fitting.near_duplicates import IndependentGroups
-from gpmlp.fitting.partitions import Partitions
 from gpmlp.fitting.passes import FeatureSample
 from gpmlp.fitting.regression import ChargeRows, InducingModel, WhitenedData
 from gpmlp.fitting.report import FitReport, Progress, StageTimer
 from gpmlp.fitting.sparse_points import Candidates, CentreChoice
+from gpmlp.fitting.training_data import TrainingData
 from gpmlp.fitting.workers import Executor, Workers, within, workers_of
 from gpmlp.gp import evidence, hyperparameters, inducing, posterior
 from gpmlp.gp.energy_scale import EnergyScale
@@ -56,7 +50,6 @@ from gpmlp.gp.stored_factors import rounded_factor
 from gpmlp.io.label_checks import charge_fits, work
 from gpmlp.io.label_checks.charges import unequal_charges
 from gpmlp.io.label_checks.stage import sort_findings
-from gpmlp.potential.baseline import Baseline
 from gpmlp.potential.charges import ChargeModel
 from gpmlp.potential.evaluation import ErrorTable, error_table
 from gpmlp.potential.potential import Potential
@@ -64,7 +57,6 @@ from gpmlp.recipe import Recipe
 from gpmlp.uncertainty import separation
 from gpmlp.uncertainty.calibration import Calibration
 from gpmlp.uncertainty.mahalanobis import Mahalanobis
-from gpmlp.uncertainty.residuals import force_label_noise
 
 FEW_COLUMNS = 1000  # up to which the evidence is faster on one core
 LEFT_OUT = 3  # atoms that are left out in turn for the calibration, times those that may be set aside
@@ -127,17 +119,27 @@ def _fit_once(
     provenance: dict | None,
     workers: Workers,
     findings: Sequence[Finding],
+    tried: dict[str, Any] | None = None,
 ) -> tuple[Potential, FitReport, LabelOutliers]:
-    """A fit to these labels, and the labels that it says are wrong."""
+    """A fit to these labels, and the labels that it says are wrong.
+
+    Args:
+        tried: what the FitReport has of charges that a fit before this one has left out.
+    """
     stages.begin("data")
     _check_charges(structures, targets, recipe)
-    data = _Data.from_labels(structures, targets, recipe, findings, workers)
+    data = TrainingData.from_labels(structures, targets, recipe, findings, workers)
     cost = expected_cost(data.recipe, data.structures, data.targets)
     stages.report(1.0, 1.0, str(cost))
     cost.check()
     fitted, held, judged, turns = _shares(data)
     chosen = _choose_inducing(data, fitted, held, stages)
-    data, charges = _with_charges(data, chosen.models, stages)
+    data, charges = data.with_charges_fitted(chosen.models, stages)
+    if charges is not None and data.charges is None and recipe.long_range.charges is None:
+        about = prepare.with_charges(recipe, "off"), validation, stages, provenance, workers, findings, charges
+        return _fit_once(
+            structures, targets, *about
+        )  # with all functionals, where these stood in the way of charges alone
     if data.charges is not None:
         chosen = _choose_inducing(data, fitted, held, stages)
     trained = _train(data, chosen, fitted, held, turns, stages)
@@ -168,7 +170,7 @@ def _fit_once(
         independent_groups=len(data.groups),
         held_out=potential.calibration.source.get("held_out_structures", 0),
         variance_subset=subset,
-        charges=charges,
+        charges=charges or tried,
         choices=data.choices,
         **cheaper,
         validation_errors=errors,
@@ -185,7 +187,7 @@ def _fit_once(
     return replace(potential, report=report.as_dict()), report, wrong
 
 
-def _shares(data: _Data) -> tuple[Tensor, Tensor, Tensor, Turns]:
+def _shares(data: TrainingData) -> tuple[Tensor, Tensor, Tensor, Turns]:
     """Numbers of the structures that are learned from first, that are set aside, and that are judged by; and who is left out in turn."""
     wanted = data.recipe.calibration if data.recipe.variance is not False else False
     if any(i.functionals == "all" for i in data.recipe.inducings):
@@ -204,7 +206,7 @@ def _check_charges(structures: Structures, targets: Targets, recipe: Recipe) -> 
 
 
 def _wrong_labels(
-    data: _Data, potential: Potential, again: Prediction, scale: EnergyScale | None, numbers: dict[str, Any]
+    data: TrainingData, potential: Potential, again: Prediction, scale: EnergyScale | None, numbers: dict[str, Any]
 ) -> tuple[LabelOutliers, tuple[Finding, ...]]:
     """Labels that the fit says are wrong, those of failed calculations among them, and all findings.
 
@@ -230,90 +232,8 @@ def _wrong_labels(
     return replace(wrong, energies=wrong.energies | data.failed), sort_findings(found)
 
 
-@dataclass(frozen=True, eq=False)
-class _Data:
-    """Training data on the device, with the recipe filled in.
-
-    Attributes:
-        targets: labels that can be right; remaining: `labels` less the baselines.
-        shortest: distance of each pair of species that occurs, by symbols, A.
-        label_noise: as much of the noise as labels themselves show, by kind; constant: what labels bring with them.
-        groups: structures that are independent of each other, and what is near each.
-        findings: of reading and checking the labels.
-        labels: those that can be right, and energies of failed calculations with a large noise.
-        partitions: of the structures with what remains of their labels.
-        choices: see FitReport.
-        charges: whose electrostatics were subtracted as well; None where there are none.
-    """
-
-    recipe: Recipe
-    structures: Structures
-    targets: Targets
-    remaining: Targets
-    baselines: tuple[Baseline, ...]
-    shortest: dict[str, float]
-    label_noise: dict[str, float]
-    constant: dict[str, float]
-    groups: IndependentGroups
-    findings: tuple[Finding, ...]
-    labels: Targets
-    partitions: Partitions
-    choices: tuple[str, ...]
-    charges: ChargeModel | None = None
-
-    @property
-    def failed(self) -> Tensor:
-        """(structures,) bool: energies that can be of no structure."""
-        return (self.targets.energies.isnan() & ~self.labels.energies.isnan()).cpu()
-
-    @staticmethod
-    def from_labels(
-        structures: Structures, targets: Targets, recipe: Recipe, findings: Sequence[Finding], workers: Workers
-    ) -> _Data:
-        """Check and move the data, fill in the recipe and subtract the baselines."""
-        structures, targets = prepare.prepare_data(structures, targets, recipe)
-        findings = sort_findings([*findings, *prepare.check_labels(structures, targets, recipe)])
-        trusted = prepare.trusted_labels(structures, targets, recipe)
-        learned = prepare.with_failed_energies(trusted, structures, targets)
-        recipe, base, summary, inducing_choice = prepare.set_up(structures, trusted, recipe)
-        remaining = prepare.subtract_baselines(structures, learned, base)
-        recipe, four_body = four_body_choice.settle(recipe, structures, remaining)
-        shortest = {f"{chemical_symbol(a)}-{chemical_symbol(b)}": r for (a, b), r in summary.shortest.items()}
-        given = prepare.labels_noise(trusted)
-        shown = [force_label_noise(structures, trusted), given.get("forces", math.nan)]
-        shown = [x for x in shown if x == x]
-        noise = {"forces": max(shown)} if shown else {}
-        species = structures.distinct_species
-        local = defaults.local_descriptor(recipe, summary, len(species))
-        spectrum = local.model_copy(update={"four_body": False, "beside": False})
-        descriptor = learn_descriptor(species, spectrum.model_dump(), structures, recipe.seed)
-        partitions = Partitions.of_data(structures, remaining, most_columns(recipe, structures), workers)
-        groups = near_duplicates.find_groups(structures, descriptor, targets.config_types, recipe.seed, partitions)
-        twins = groups.finding(structures)
-        findings = sort_findings([*findings, *([twins] if twins else [])])
-        known = recipe, structures, trusted, remaining, base, shortest, noise, given, groups, findings, learned
-        return _Data(*known, partitions, tuple(filter(None, (inducing_choice, four_body))))
-
-
-def _with_charges(
-    data: _Data, models: Sequence[InducingModel], stages: StageTimer
-) -> tuple[_Data, dict[str, Any] | None]:
-    """The data with electrostatics subtracted, where charges are asked for or the evidence asks for them; an entry of the FitReport."""
-    if data.recipe.long_range.charges == "off":
-        return data, None
-    stages.begin("charges")
-    found, record = charge_fit.tried_charges(data.recipe, data.structures, data.remaining, models, stages.report)
-    if found is None:
-        return data, record
-    about = data.structures, data.targets, data.labels, data.recipe, data.baselines, found.model
-    base, remaining = prepare.subtract_charges(*about)
-    workers, columns = data.partitions.workers, most_columns(data.recipe, data.structures)
-    partitions = Partitions.of_data(data.structures, remaining, columns, workers)
-    return replace(data, remaining=remaining, baselines=base, partitions=partitions, charges=found.model), record
-
-
 def _potential(
-    data: _Data,
+    data: TrainingData,
     trained: _Trained,
     learned: WhitenedData,
     solved: SparsePosterior,
@@ -357,7 +277,7 @@ def _solved(trained: _Trained, learned: WhitenedData) -> tuple[SparsePosterior, 
     return replace(solved, rms=given.rms, condition=given.condition), given
 
 
-def _known_and_others(data: _Data, fitted: Tensor, judged: Tensor) -> tuple[Structures, Structures]:
+def _known_and_others(data: TrainingData, fitted: Tensor, judged: Tensor) -> tuple[Structures, Structures]:
     """The structures fitted and those set aside; without these either half of the independent groups, if there are enough."""
     if not len(judged) and len(data.groups) >= calibrate.FEWEST:
         order = torch.randperm(len(data.groups), generator=torch.Generator().manual_seed(data.recipe.seed))
@@ -367,7 +287,7 @@ def _known_and_others(data: _Data, fitted: Tensor, judged: Tensor) -> tuple[Stru
 
 
 def _with_cheaper_forms(
-    data: _Data, potential: Potential, parts: tuple[Structures, Structures], stages: StageTimer
+    data: TrainingData, potential: Potential, parts: tuple[Structures, Structures], stages: StageTimer
 ) -> tuple[Potential, dict[str, Any]]:
     """With means of low rank and variances of local energies from fewer columns; entries of the FitReport."""
     potential, ranks = _with_low_rank(data, potential, parts, stages)
@@ -381,7 +301,7 @@ def _low_rank_left_aside(recipe: Recipe, cheaper: dict[str, Any]) -> bool:
 
 
 def _with_low_rank(
-    data: _Data, potential: Potential, parts: tuple[Structures, Structures], stages: StageTimer
+    data: TrainingData, potential: Potential, parts: tuple[Structures, Structures], stages: StageTimer
 ) -> tuple[Potential, dict[str, Any] | None]:
     """With means of low rank, where they are wanted: directions from the structures fitted, their number from those set aside."""
     if data.recipe.mean == "exact":
@@ -391,7 +311,7 @@ def _with_low_rank(
 
 
 def _with_reduced_variance(
-    data: _Data, potential: Potential, parts: tuple[Structures, Structures], stages: StageTimer
+    data: TrainingData, potential: Potential, parts: tuple[Structures, Structures], stages: StageTimer
 ) -> tuple[Potential, dict[str, Any] | None]:
     """With variances of local energies from fewer columns, where they are wanted."""
     if data.recipe.variance is False or data.recipe.variance.local == "exact":
@@ -405,7 +325,7 @@ def _with_reduced_variance(
 
 
 def _calibrated(
-    data: _Data,
+    data: TrainingData,
     potential: Potential,
     models: list[InducingModel],
     learned: WhitenedData,
@@ -484,7 +404,7 @@ class _Chosen(NamedTuple):
     sample: FeatureSample | None
 
 
-def _choose_inducing(data: _Data, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Chosen:
+def _choose_inducing(data: TrainingData, fitted: Tensor, held: Tensor, stages: StageTimer) -> _Chosen:
     """Inducing variables, from the fitted structures alone."""
     recipe, structures = data.recipe, data.structures
     stages.begin("inducing points")
@@ -509,7 +429,9 @@ def _choose_inducing(data: _Data, fitted: Tensor, held: Tensor, stages: StageTim
     return _Chosen([m.numbered(fitted) for m in models], environments, sample)
 
 
-def _train(data: _Data, chosen: _Chosen, fitted: Tensor, held: Tensor, turns: Turns, stages: StageTimer) -> _Trained:
+def _train(
+    data: TrainingData, chosen: _Chosen, fitted: Tensor, held: Tensor, turns: Turns, stages: StageTimer
+) -> _Trained:
     """Stream the rows, learn noises and signals, from the fitted structures alone."""
     recipe, (models, environments, sample) = data.recipe, chosen
     stages.begin("covariances")
@@ -556,7 +478,7 @@ def _around_start(charges: ChargeModel, whitened: dict[str, Tensor]) -> dict[str
 
 
 def _whitened(
-    data: _Data,
+    data: TrainingData,
     models: list[InducingModel],
     charges: ChargeModel | None,
     fitted: Tensor,
@@ -579,7 +501,7 @@ def _whitened(
     return out[0], out[1], rows_kept
 
 
-def _numbers(data: _Data, trained: _Trained, learned: WhitenedData, solved: SparsePosterior) -> dict[str, Any]:
+def _numbers(data: TrainingData, trained: _Trained, learned: WhitenedData, solved: SparsePosterior) -> dict[str, Any]:
     """Hyperparameters, columns and posterior for the FitReport."""
     models, parameters, result = trained.models, trained.parameters, trained.result
     return {

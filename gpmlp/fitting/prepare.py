@@ -119,6 +119,7 @@ def set_up(structures: Structures, targets: Targets, recipe: Recipe, growing: bo
     """
     summary = defaults.summarise_data(structures, targets)
     recipe = recipe if growing else with_open_choices(recipe, summary.periodic)
+    recipe = _with_charges_chosen(structures, recipe, summary, growing)
     full, choice = _filled_in(structures, targets, recipe, summary, growing)
     return SetUp(full, make_baselines(structures, targets, full, summary), summary, choice)
 
@@ -143,6 +144,24 @@ def _filled_in(
     if why:
         return few, f"centres, not all functionals of the data: {why}"
     return full, "all functionals of the data: the exact process"
+
+
+def _with_charges_chosen(
+    structures: Structures, recipe: Recipe, summary: defaults.DataSummary, growing: bool
+) -> Recipe:
+    """With charges `auto` or `off` where the recipe leaves it open: tried where a model without them cannot be right."""
+    if recipe.long_range.charges is not None:
+        return recipe
+    chosen: Literal["auto", "off"] = "off"
+    if not growing:
+        few = defaults.resolve_recipe(with_functionals(recipe, None), summary, len(structures.distinct_species))
+        chosen = "auto" if charge_fit.are_tried_unasked(structures, few) else "off"
+    return with_charges(recipe, chosen)
+
+
+def with_charges(recipe: Recipe, chosen: Literal["auto", "off"]) -> Recipe:
+    """The recipe with this choice of charges."""
+    return recipe.model_copy(update={"long_range": recipe.long_range.model_copy(update={"charges": chosen})})
 
 
 def with_open_choices(recipe: Recipe, periodic: bool) -> Recipe:
@@ -172,7 +191,7 @@ def with_functionals(recipe: Recipe, chosen: Literal["all"] | None) -> Recipe:
 def affordable_functionals(asked: Recipe, structures: Structures, targets: Targets) -> tuple[Recipe, str]:
     """The recipe without functionals where these cannot be had, and why; of solids without any where it leaves the choice open."""
     solids = bool(structures.periodic.any(dim=1).double().mean() > 0.5)
-    if solids or asked.long_range.charges != "off":  # all functionals leave no columns for charges
+    if solids or asked.long_range.charges not in (None, "off"):  # all functionals leave no columns for charges
         asked = with_functionals(asked, None)
     asked = with_functionals(asked, "all")
     if asked.inducings[0].functionals in (None, "none"):

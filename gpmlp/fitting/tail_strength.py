@@ -174,7 +174,7 @@ def _evidence(
     pilot = recipe.model_copy(
         update={
             "inducing": InducingRecipe(n=CENTRES),
-            "long_range": LongRangeRecipe(),
+            "long_range": LongRangeRecipe(charges="off"),
             "variance": False,
             "calibration": False,
             "novelty": False,

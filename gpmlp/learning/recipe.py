@@ -395,7 +395,7 @@ class LearnRecipe(RecipeSection):
         for name in ("network", "calculator"):
             if getattr(self.model.baseline, name):
                 raise ValueError(f"LAMMPS takes models without baseline.{name}")
-        if self.model.long_range.charges != "off":
+        if self.model.long_range.charges not in (None, "off"):
             raise ValueError("LAMMPS takes models without long_range.charges")
         if self.model.long_range.dispersion and self.model.long_range.dispersion.d3:
             raise ValueError("LAMMPS takes models without long_range.dispersion.d3; r6 it takes")

@@ -11,9 +11,10 @@ from ase import Atoms
 from ase.eos import EquationOfState as ASEEquationOfState
 from pydantic import Field
 
+from gpmlp.core.structures import empty_layers
 from gpmlp.core.units import GPA
 from gpmlp.properties.plan import Calculation, CurveAxis, Outputs, Plan
-from gpmlp.properties.surface import EnergySurface, Failed, Point, empty_gaps, structure_names
+from gpmlp.properties.surface import EnergySurface, Failed, Point, structure_names
 
 FMAX = 5e-4  # eV/A
 WIDEST_GAP = 8.0  # A, between atoms of a crystal, along a normal of its cell
@@ -25,7 +26,7 @@ def not_a_crystal(structures: Sequence[Atoms]) -> str:
     for atoms, name in zip(structures, structure_names(structures), strict=True):
         if not (atoms.pbc.all() and atoms.cell.rank == 3):
             return f"{name} is no crystal: it is not periodic in three directions"
-        if (gaps := empty_gaps(atoms)).max() > WIDEST_GAP:
+        if (gaps := empty_layers(atoms.cell.array, atoms.positions)).max() > WIDEST_GAP:
             what = ("a slab or a layer", "a chain", "a molecule in a box")[int((gaps > WIDEST_GAP).sum()) - 1]
             return f"{name} is no crystal: its cell has a gap of {gaps.max():.1f} A without atoms, as that of {what}"
     return ""

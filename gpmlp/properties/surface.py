@@ -13,6 +13,7 @@ from ase.filters import FrechetCellFilter
 from ase.optimize import BFGS
 
 from gpmlp.core.errors import UserError
+from gpmlp.core.structures import empty_layers
 from gpmlp.core.units import GPA, VOIGT, VOIGT_INDEX
 from gpmlp.engines.ase import GPCalculator
 from gpmlp.io.ase_atoms import structures_from_ase
@@ -110,7 +111,11 @@ class EnergySurface:
         Raises:
             Failed: not at rest after `steps` steps, or the whole cell cannot be: it has a gap that the potential does not reach across.
         """
-        if cell == "full" and self.reach is not None and (gap := empty_gaps(atoms).max()) > self.reach:
+        if (
+            cell == "full"
+            and self.reach is not None
+            and (gap := empty_layers(atoms.cell.array, atoms.positions).max()) > self.reach
+        ):
             raise Failed(
                 f"{structure_names([atoms])[0]} has a gap of {gap:.1f} A without atoms, across which the model does not reach "
                 f"({self.reach:.1f} A), so that nothing holds its cell"
@@ -295,13 +300,6 @@ def hessian_of_all(atoms: Atoms, forces: Sequence[np.ndarray] | np.ndarray) -> n
     """(3n, 3n) hessian_within of displacements of all atoms; zero for those that constraints forbid."""
     basis = allowed_basis(atoms)
     return basis.T @ hessian_within(atoms, forces) @ basis
-
-
-def empty_gaps(atoms: Atoms) -> np.ndarray:
-    """(3,) the widest layer without atoms between the planes of each pair of cell vectors, A."""
-    places = np.sort(atoms.cell.scaled_positions(atoms.positions) % 1.0, axis=0)
-    shares = np.diff(np.concatenate([places, places[:1] + 1]), axis=0).max(0)
-    return np.asarray(shares / np.linalg.norm(np.linalg.inv(atoms.cell.array), axis=0))
 
 
 def structure_names(structures: Sequence[Atoms]) -> list[str]:

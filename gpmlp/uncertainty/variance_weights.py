@@ -81,6 +81,7 @@ def _second_derivatives(
     """
     weighted = parts * np.exp(log_weights)
     variance = weighted.sum(1) + floor
-    across = weighted.T @ (0.5 * ((2 * squared / variance - 1) / variance**2)[:, None] * weighted)
+    shares = weighted / variance[:, None]
+    across = shares.T @ (0.5 * (2 * squared / variance - 1)[:, None] * shares)
     along = 0.5 * ((1 - squared / variance) / variance) @ weighted + 1 / PRIOR**2
     return (across + np.diag(along)) / len(squared)
